@@ -1,0 +1,130 @@
+"""One split of a data source as flat arrays.
+
+Arrays instead of Python objects: a forked DataLoader worker reads them without ever writing a reference count, so the
+pages stay shared and memory does not grow with the number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+class PackedStrings:
+    """A read-only list of strings in two arrays."""
+
+    def __init__(self, items: Iterable[str]) -> None:
+        encoded = [s.encode("utf-8", "surrogateescape") for s in items]
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._first = np.concatenate([[0], np.cumsum([len(s) for s in encoded], dtype=np.int64)]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._first) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._bytes[self._first[index] : self._first[index + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+class Segments:
+    """The masks of M objects: each a list of polygons, or one run-length code (COCO's compressed string form).
+
+    `polygons(i)` gives float64 arrays (points, 2) of x, y in original pixels; `rle(i)` gives `(height, width, counts)` or None.
+    """
+
+    def __init__(self, items: Iterable[list[list[float]] | dict | None]) -> None:
+        """`items`: one COCO `segmentation` each: a list of flat polygons, an RLE dict, or None."""
+        coordinates: list[np.ndarray] = []
+        lengths: list[int] = []  # of each polygon, in numbers
+        polygon_count: list[int] = []
+        self._rle: dict[int, tuple[int, int, bytes]] = {}
+        for index, item in enumerate(items):
+            if isinstance(item, dict):
+                self._rle[index] = _compressed_rle(item)
+                polygon_count.append(0)
+                continue
+            polygons = [np.asarray(p, dtype=np.float64) for p in item or [] if len(p) >= 6]
+            coordinates += polygons
+            lengths += [len(p) for p in polygons]
+            polygon_count.append(len(polygons))
+        self._xy = np.concatenate(coordinates) if coordinates else np.zeros(0)
+        self._polygon_first = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+        self._first = np.concatenate([[0], np.cumsum(polygon_count, dtype=np.int64)]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._first) - 1
+
+    def polygons(self, index: int) -> list[np.ndarray]:
+        return [
+            self._xy[self._polygon_first[p] : self._polygon_first[p + 1]].reshape(-1, 2)
+            for p in range(self._first[index], self._first[index + 1])
+        ]
+
+    def rle(self, index: int) -> tuple[int, int, bytes] | None:
+        return self._rle.get(index)
+
+    def coco(self, index: int) -> list[list[float]] | dict:
+        """The object's COCO `segmentation`, as the evaluators read it."""
+        if (rle := self.rle(index)) is not None:
+            return {"size": [rle[0], rle[1]], "counts": rle[2].decode("ascii")}
+        return [p.ravel().tolist() for p in self.polygons(index)]
+
+
+def _compressed_rle(item: dict) -> tuple[int, int, bytes]:
+    from pycocotools import mask as coco_mask
+
+    height, width = (int(v) for v in item["size"])
+    counts = item["counts"]
+    if isinstance(counts, list):
+        counts = coco_mask.frPyObjects(item, height, width)["counts"]
+    return height, width, counts.encode("ascii") if isinstance(counts, str) else counts
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """N images with M objects of C classes; the objects of image i are rows `first[i] … first[i + 1]`."""
+
+    root: Path  # folder of the images
+    classes: tuple[str, ...]  # label 0 … C - 1
+    category_ids: np.ndarray  # (C,) int64, the ids of the file
+    image_ids: np.ndarray  # (N,) int64, the ids of the file
+    file_names: PackedStrings  # (N,), below root
+    sizes: np.ndarray  # (N, 2) int32 height, width in pixels, after EXIF rotation
+    first: np.ndarray  # (N + 1,) int64
+    boxes_xywh: np.ndarray  # (M, 4) float64 as in the file, original pixels
+    labels: np.ndarray  # (M,) int32
+    crowd: np.ndarray  # (M,) bool
+    areas: np.ndarray  # (M,) float64, pixels²
+    object_ids: np.ndarray  # (M,) int64, unique and never 0 (an id of 0 would score AP 0)
+    segments: Segments | None = None  # (M,)
+    keypoints: np.ndarray | None = None  # (M, K, 3) float32 x, y, visibility
+    keypoint_names: tuple[str, ...] = ()
+    flip_pairs: tuple[tuple[int, int], ...] = ()  # keypoints that change places when the image is mirrored
+    mask_files: PackedStrings | None = None  # (N,) class-index PNGs, whole paths
+    mask_values: np.ndarray | None = None  # (256,) uint8: mask value -> label, 255 to ignore
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def rows(self, index: int) -> slice:
+        return slice(int(self.first[index]), int(self.first[index + 1]))
+
+    def path(self, index: int) -> Path:
+        return self.root / self.file_names[index]
+
+    def has(self, need: str) -> bool:
+        """Whether this split can train and evaluate heads that need `boxes`, `masks`, `keypoints`, `semantic` or `labels`."""
+        return {
+            "boxes": self.mask_files is None,
+            "labels": self.mask_files is None,
+            "masks": self.segments is not None,
+            "keypoints": self.keypoints is not None,
+            "semantic": self.mask_files is not None,
+        }[need]

@@ -1,0 +1,76 @@
+"""What a training step gets: images in one padded tensor, and one target an image.
+
+Colour order is RGB everywhere. Boxes are xyxy in pixels of the resized image unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ImageSize(NamedTuple):
+    """One image's size inside a padded batch, and on disk (after EXIF rotation)."""
+
+    hw: tuple[int, int]
+    original_hw: tuple[int, int]
+
+
+@dataclass
+class Target:
+    """One image's annotations, in pixels of the resized image. n objects, C classes, K keypoints; n may be 0."""
+
+    image_id: int  # original id
+    size: ImageSize
+    seed: int  # for random choices about this image inside heads; a function of (seed, step, image id)
+    boxes: Tensor  # (n, 4) float32 xyxy; 0 <= x1 < x2 <= w, likewise y; crowds are left out
+    labels: Tensor  # (n,) int64 in [0, C)
+    image_labels: Tensor  # (C,) bool: which classes the image has, crowds too
+    masks: Tensor | None = None  # (n, h, w) uint8
+    keypoints: Tensor | None = None  # (n, K, 3) float32: x, y, visibility (0 absent, 1 hidden, 2 visible)
+    semantic: Tensor | None = None  # (h, w) uint8: labels in [0, C) or 255 to ignore
+
+    def to(self, device: torch.device) -> Target:
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass
+class Batch:
+    """Images of one data source.
+
+    images: (B, 3, H, W) uint8 RGB; each image in the upper left corner, the rest is padding. H and W are multiples of
+    the stride the network needs, and the same on every rank.
+    """
+
+    images: Tensor
+    targets: list[Target]
+    source: str
+
+    @property
+    def sizes(self) -> list[ImageSize]:
+        return [t.size for t in self.targets]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.images.to(device, non_blocking=True), [t.to(device) for t in self.targets], self.source)
+
+    def pin_memory(self) -> Batch:
+        return replace(self, images=self.images.pin_memory())
+
+
+def collate(images: Sequence[Tensor], targets: Sequence[Target], source: str, stride: int = 32) -> Batch:
+    """Pad (3, h, w) uint8 images with zeros to one size that is a multiple of `stride`."""
+    height = -(-max(i.shape[1] for i in images) // stride) * stride
+    width = -(-max(i.shape[2] for i in images) // stride) * stride
+    padded = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    for row, image in zip(padded, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return Batch(padded, list(targets), source)

@@ -1,0 +1,142 @@
+"""What a branch is: a named head with its own data, loss, decoding and metric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detbb.config import BackboneConfig
+from detbb.data.annotations import Annotations
+from detbb.data.batch import Batch, ImageSize
+
+HeadOutput = Any  # what `forward` hands to `loss` and `decode`; each head says what it is
+
+
+@dataclass
+class HeadConfig:
+    """The keys that every head takes; each head's own dataclass adds its arguments."""
+
+    type: str
+    """A name in `HEADS`, or `package.module:Class`."""
+    data: str
+    """The data source that this head learns from; heads that name the same one share its batches."""
+    loss_weight: float = 1.0
+    """Factor on all losses of this head."""
+    threshold: float = 0.5
+    """Least score of what is drawn and of `tools/predict.py`'s default output; evaluation does not use it."""
+    allow_random: bool = False
+    """`true`: let a head that is never trained keep its random weights."""
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What the detector tells a head when it builds it."""
+
+    name: str
+    classes: tuple[str, ...]
+    channels: dict[str, int]  # of every level that backbone and neck offer
+    strides: dict[str, int]  # input pixels per cell of each level
+    backbone: BackboneConfig  # heads that hold backbone stages (C4) follow its arch and norm
+    keypoints: tuple[str, ...] = ()
+
+
+@dataclass
+class Predictions:
+    """What a branch says about one image. Fields that a branch does not use stay None.
+
+    Straight from `decode`, boxes, masks and keypoints are in pixels of the resized image; `to_original` maps them back.
+    """
+
+    boxes: Tensor | None = None  # (n, 4) float32 xyxy
+    scores: Tensor | None = None  # (n,) float32 in [0, 1], descending
+    labels: Tensor | None = None  # (n,) int64 in [0, C)
+    masks: Tensor | None = None  # (n, 28, 28) float32: mask probability inside each box
+    keypoints: Tensor | None = None  # (n, K, 3) float32: x, y, score
+    semantic: Tensor | None = None  # (C, h, w) float32 logits; after to_original (h, w) uint8 labels
+    probabilities: Tensor | None = None  # (C,) float32 in [0, 1]
+
+    def to_original(self, size: ImageSize) -> Predictions:
+        """The same in pixels of the image on disk."""
+        scale_y = size.original_hw[0] / size.hw[0]
+        scale_x = size.original_hw[1] / size.hw[1]
+        boxes, keypoints, semantic = self.boxes, self.keypoints, self.semantic
+        if boxes is not None:
+            boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+        if keypoints is not None:
+            keypoints = keypoints * keypoints.new_tensor([scale_x, scale_y, 1.0])
+        if semantic is not None:
+            resized = F.interpolate(semantic[None], size=size.original_hw, mode="bilinear", align_corners=False)
+            semantic = resized[0].argmax(0).byte()
+        return Predictions(boxes, self.scores, self.labels, self.masks, keypoints, semantic, self.probabilities)
+
+
+class Evaluator(Protocol):
+    """Collects predictions of one branch over a split and computes its metrics. One per evaluation."""
+
+    def add(self, image_id: int, predictions: Predictions) -> None:
+        """Take one image's predictions, already in original coordinates, on the CPU."""
+
+    def state(self) -> list[dict[str, Any]]:
+        """What was added here, as plain containers: gathered over ranks, and written as `results.json`.
+
+        COCO results format with original category ids for boxes, masks and keypoints. One or more entries an image,
+        each with `image_id`.
+        """
+
+    def summarize(self, results: list[dict[str, Any]]) -> dict[str, float]:
+        """Metrics of everybody's `state()` entries, sorted by image: Detectron2's names (`bbox/AP`, `sem/mIoU`), 0–100."""
+
+    def curves(self) -> dict[str, Any] | None:
+        """Precision over recall of the last `summarize`, for `pr_curves.png`; None where there is none.
+
+        {"recall": (R,), "precision": {title: (R,)}}
+        """
+
+
+class Head(nn.Module):
+    """A branch on shared features.
+
+    Subclasses set `Config` (a HeadConfig dataclass with a doc line per field), `needs` and `main_metric`, and fill in the
+    methods. `forward` + `loss` run in training, `forward` + `decode` in evaluation; neither looks at `self.training`, which
+    is for norms and dropout alone. Every parameter of the head must take part in every loss, also for a batch without
+    objects. Loss sums are divided by `shared_count` (detbb/distributed.py), so that the number of processes does not matter.
+    """
+
+    Config: ClassVar[type[HeadConfig]] = HeadConfig
+    needs: ClassVar[Literal["boxes", "masks", "keypoints", "semantic", "labels"]]
+    main_metric: ClassVar[str]  # of its evaluator, such as "bbox/AP": what best.pt follows by default
+
+    def __init__(self, config: HeadConfig, spec: HeadSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    @classmethod
+    def levels(cls, config: Any) -> tuple[str, ...]:
+        """The feature levels it reads: `layer1 … layer4` of the backbone, `p2 … p7` and `pool` of the FPN."""
+        raise NotImplementedError
+
+    def forward(self, features: dict[str, Tensor]) -> HeadOutput:
+        """`features[level]`: (B, C, H / stride, W / stride), of the padded batch."""
+        raise NotImplementedError
+
+    def loss(self, output: HeadOutput, batch: Batch) -> dict[str, Tensor]:
+        """Scalars by name (`loss_cls`, `loss_box_reg`, …); all are summed."""
+        raise NotImplementedError
+
+    def decode(self, output: HeadOutput, sizes: list[ImageSize]) -> list[Predictions]:
+        """One Predictions an image, inside `sizes[i].hw`, on the device of the output."""
+        raise NotImplementedError
+
+    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
+        raise NotImplementedError
+
+    def class_tensors(self) -> tuple[str, ...]:
+        """State-dict names (below the head) of the last layer: what starts fresh when the number of classes changes."""
+        raise NotImplementedError
+
+    def load_backbone_weights(self, state: dict[str, Tensor]) -> None:
+        """Take what this head shares with an image-classification backbone (torchvision's keys); most heads: nothing."""
+
