@@ -176,7 +176,7 @@ class EmaConfig:
     decay: float = 0.9998
     """Weight of the old average at each optimizer step, below 1."""
     warmup_steps: int = 2000
-    """The decay at update u is min(decay, (1 + u) / (10 + u)) for the first so many updates; 0: the full decay at once."""
+    """The decay of update u is decay · (1 - exp(-u / warmup_steps)); 0: the full decay at once."""
 
 
 @dataclass
@@ -235,6 +235,8 @@ class Config:
     """The data sources by name."""
     heads: dict[str, Any] = field(default_factory=dict)
     """The branches by name: `{type, data, …the head's own arguments}`; after loading, each is its head's config dataclass."""
+    carried: list[str] = field(default_factory=list)
+    """Filled in by the run: heads of `init_from` that the file does not list. They are kept to the bit and not evaluated."""
     freeze: list[str] = field(default_factory=list)
     """Submodules frozen for the whole run. Give this or `phases`."""
     phases: list[PhaseConfig] = field(default_factory=list)
