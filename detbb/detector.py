@@ -1,0 +1,224 @@
+"""The detector: one backbone, one neck, and named branches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from detbb import freeze
+from detbb.backbone import Backbone, build_resnet
+from detbb.config import Config
+from detbb.data.batch import Batch, ImageSize
+from detbb.distributed import world_size
+from detbb.errors import UserError
+from detbb.heads import find_head
+from detbb.heads.base import Head, HeadSpec, Predictions
+from detbb.neck import build_neck, layers_needed
+from detbb.norm import norm_layer
+
+# ImageNet's RGB mean and standard deviation on the scale 0 … 255 (torchvision's weights expect them).
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """What the labels of a branch mean: names in label order, the ids of the annotation file, keypoint names."""
+
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    keypoints: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "names": list(self.names),
+            "category_ids": [int(i) for i in self.category_ids],
+            "keypoints": list(self.keypoints),
+        }
+
+    @classmethod
+    def of(cls, value: ClassList | Mapping[str, Any] | Sequence[str]) -> ClassList:
+        """From `to_dict`'s form, or from names alone (ids 1, 2, …)."""
+        if isinstance(value, ClassList):
+            return value
+        if isinstance(value, Mapping):
+            return cls(tuple(value["names"]), tuple(value["category_ids"]), tuple(value.get("keypoints", ())))
+        return cls(tuple(value), tuple(range(1, len(value) + 1)))
+
+
+class Detector(nn.Module):
+    """Backbone, neck and heads; knows what is frozen.
+
+    State-dict keys: `backbone.<torchvision's own name>`, `neck.…`, `heads.<name>.…`.
+    """
+
+    def __init__(self, backbone: Backbone, neck: nn.Module, heads: dict[str, Head]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.heads = nn.ModuleDict(heads)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        self.classes: dict[str, ClassList] = {}
+        self.sources: dict[str, str] = {}  # head -> the data it learns from
+        self.loss_weights: dict[str, float] = {}
+        self.frozen: tuple[str, ...] = ()
+        self.norm_rules: tuple[freeze.NormRule, ...] = ()
+        self.constant = frozenset(n for n, p in self.named_parameters() if not p.requires_grad)  # made so by their module
+        self._untouched: dict[str, list[str]] = {}
+
+    def freeze(self, names: Sequence[str]) -> Self:
+        """Freeze exactly these submodules; everything else is trained.
+
+        Wrap in DDP after this call: DDP reduces only what was trained when it was built.
+
+        Raises: UserError: a name is not a submodule; lists the valid ones.
+        """
+        for name in names:
+            freeze.resolve(self, name)
+        self.frozen = tuple(names)
+        self._untouched = {}
+        freeze.apply(self)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch, but frozen parts and norms with fixed statistics stay in eval mode."""
+        super().train(mode)
+        freeze.pin(self)
+        return self
+
+    def normalize(self, images: Tensor, sizes: Sequence[ImageSize]) -> Tensor:
+        """(B, 3, H, W) uint8 RGB -> the network's input, with padding at exactly 0 (as in torchvision and Detectron2)."""
+        x = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        for image, size in zip(x, sizes, strict=True):
+            height, width = size.hw
+            image[:, height:] = 0
+            image[:, :, width:] = 0
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def features(self, images: Tensor, sizes: Sequence[ImageSize]) -> dict[str, Tensor]:
+        """Every level that backbone and neck offer, from uint8 images."""
+        return self.neck(self.backbone(self.normalize(images, sizes)))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The losses of every branch that learns from this batch, as `<head>/<loss>`; all are to be summed."""
+        names = self.learning(batch.source)
+        features = self.features(batch.images, batch.sizes)
+        losses: dict[str, Tensor] = {}
+        for name in names:
+            head = self.heads[name]
+            for loss, value in head.loss(head(features), batch).items():
+                losses[f"{name}/{loss}"] = value * self.loss_weights.get(name, 1.0)
+        if world_size() > 1 and self.training:
+            first = next(iter(losses))
+            losses[first] = losses[first] + self._join(losses, batch.source)
+        return losses
+
+    def learning(self, source: str | None = None) -> list[str]:
+        """The heads whose loss reaches something that is trained (and that learn from `source`)."""
+        shared = any(p.requires_grad for part in (self.backbone, self.neck) for p in part.parameters())
+        return [
+            name
+            for name, head in self.heads.items()
+            if (source is None or self.sources.get(name) == source)
+            and (shared or any(p.requires_grad for p in head.parameters()))
+            and f"heads.{name}" not in self._carried()
+        ]
+
+    def untouched(self, source: str) -> list[str]:
+        """Trained parameters that a batch of `source` does not reach (known after its first distributed step)."""
+        return self._untouched.get(source, [])
+
+    @torch.no_grad()
+    def predict(
+        self, images: Tensor, sizes: list[ImageSize], *, heads: Sequence[str] | None = None
+    ) -> dict[str, list[Predictions]]:
+        """What each branch says about each image, in pixels of the resized image, from one backbone pass.
+
+        images: (B, 3, H, W) uint8 RGB padded; sizes: one an image.
+        """
+        features = self.features(images, sizes)
+        chosen = list(self.heads) if heads is None else list(heads)
+        return {name: self.heads[name].decode(self.heads[name](features), sizes) for name in chosen}
+
+    def _carried(self) -> set[str]:
+        return {f"heads.{name}" for name in self.heads if name not in self.sources}
+
+    def _join(self, losses: dict[str, Tensor], source: str) -> Tensor:
+        """A zero that touches every trained parameter this batch does not reach: DDP waits for all of them."""
+        if source not in self._untouched:
+            reached = _reached_parameters(losses.values())
+            self._untouched[source] = [
+                n for n, p in self.named_parameters() if p.requires_grad and id(p) not in reached
+            ]
+        parameters = dict(self.named_parameters())
+        zeros = [parameters[name].flatten()[0] * 0 for name in self._untouched[source]]
+        return torch.stack(zeros).sum() if zeros else self.pixel_mean.new_zeros(())
+
+
+def build_detector(config: Config, classes: Mapping[str, Any]) -> Detector:
+    """A detector with fresh weights in train mode, frozen as the first phase says.
+
+    classes: head name -> ClassList, its dict form, or plain class names.
+
+    Raises: UserError: a head asks for levels that backbone and neck do not offer.
+    """
+    levels: list[str] = []
+    for head in config.heads.values():
+        levels += [level for level in find_head(head.type).levels(head) if level not in levels]
+    out = layers_needed(tuple(levels), config.neck.type)
+    backbone = build_resnet(config.backbone.arch, norm_layer=norm_layer(config.backbone.norm), out=out)
+    neck = build_neck(config.neck, backbone.channels, backbone.strides, tuple(levels))
+    heads: dict[str, Head] = {}
+    lists = {name: ClassList.of(classes[name]) for name in config.heads}
+    for name, head_config in config.heads.items():
+        spec = HeadSpec(
+            name, lists[name].names, neck.channels, neck.strides, config.backbone, keypoints=lists[name].keypoints
+        )
+        if missing := [level for level in find_head(head_config.type).levels(head_config) if level not in neck.channels]:
+            raise UserError(
+                f"heads.{name}.levels: {missing} with neck.type {config.neck.type!r}; valid are {sorted(neck.channels)}"
+            )
+        heads[name] = find_head(head_config.type)(head_config, spec)
+    detector = Detector(backbone, neck, heads)
+    detector.classes = lists
+    detector.sources = {n: h.data for n, h in config.heads.items() if n not in config.carried}
+    detector.loss_weights = {n: h.loss_weight for n, h in config.heads.items()}
+    detector.norm_rules = _norm_rules(config, detector)
+    detector.to(memory_format=torch.channels_last)
+    if config.train.precision == "fp64":
+        detector.double()
+    first = config.phases[0].freeze if config.phases else config.freeze
+    return detector.freeze([*first, *(f"heads.{n}" for n in config.carried)])
+
+
+def _norm_rules(config: Config, detector: Detector) -> tuple[freeze.NormRule, ...]:
+    backbone = config.backbone
+    rules = [freeze.NormRule("backbone", backbone.norm_eval, not backbone.norm_affine)]
+    rules.append(freeze.NormRule("neck", config.neck.norm_eval, not config.neck.norm_affine))
+    for name, head_config in config.heads.items():
+        fixed_statistics = bool(getattr(head_config, "norm_eval", False))
+        rules.append(freeze.NormRule(f"heads.{name}", fixed_statistics, not getattr(head_config, "norm_affine", True)))
+        for part in getattr(detector.heads[name], "backbone_parts", ()):  # a C4 head's layer4 follows the backbone
+            rules.append(freeze.NormRule(f"heads.{name}.{part}", backbone.norm_eval, not backbone.norm_affine))
+    return tuple(rules)
+
+
+def _reached_parameters(losses: Any) -> set[int]:
+    """ids of the parameters that the autograd graph of `losses` ends in."""
+    reached: set[int] = set()
+    seen = set()
+    todo = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (variable := getattr(node, "variable", None)) is not None:
+            reached.add(id(variable))
+        todo += [after for after, _ in node.next_functions]
+    return reached

@@ -1,0 +1,162 @@
+"""Files that are whole or not there, and tensors read without running code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from detbb.errors import UserError
+
+
+class BadFile(ValueError):
+    """A file that cannot be used: truncated, altered, foreign, or not what it should be. Says which and why."""
+
+
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], *, verify: Callable[[Path], object] | None = None
+) -> None:
+    """Make `path` hold what `write` writes, or leave it as it was.
+
+    Temporary file beside it, flush, fsync, `verify`, replace, fsync of the folder: at every moment a kill leaves the old
+    file or the new one. Raises: UserError: the disk is full (names the folder); OSError: anything else.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+        if verify is not None:
+            verify(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"disk full: cannot write {path} ({error.strerror}); what was there is intact") from error
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link_atomically(target: Path, link: Path) -> None:
+    """Make `link` the same file as `target` (a hard link; a copy where the file system has none)."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(target, temporary)
+    except OSError:
+        write_atomically(link, lambda file: file.write(target.read_bytes()))
+        return
+    os.replace(temporary, link)
+    sync_folder(link.parent)
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """`torch.save` of tensors and plain containers, atomically; the written file is read back and compared by checksum."""
+
+    def write(file: BinaryIO) -> None:
+        writer = _RememberError(file)
+        try:
+            torch.save(content, writer)
+        except RuntimeError as error:  # torch hides the operating system's error behind one of its own
+            raise (writer.error or error) from error
+
+    write_atomically(path, write, verify=check_archive)
+
+
+def load_tensors(path: Path) -> Any:
+    """What `save_tensors` or `torch.save` wrote, on the CPU. No code of the file runs.
+
+    Raises: BadFile: missing, truncated, altered, compressed, with objects other than tensors and plain containers.
+    """
+    if not path.is_file():
+        raise BadFile(f"{path}: no such file")
+    if zipfile.is_zipfile(path):
+        check_archive(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n", 1)[0][:200]
+        raise BadFile(f"{path}: holds objects other than tensors, or is not a PyTorch file ({reason})") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise BadFile(f"{path}: cannot be read ({_first_line(error)})") from error
+    _check_tensors(path, content)
+    return content
+
+
+def check_archive(path: Path) -> None:
+    """Refuse an archive that is not exactly what torch writes: compressed or overlapping records, wrong checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+                raise BadFile(f"{path}: holds compressed records, which PyTorch never writes")
+            if sum(e.file_size for e in entries) > path.stat().st_size:
+                raise BadFile(f"{path}: claims more data than the file holds")
+            if (broken := archive.testzip()) is not None:
+                raise BadFile(f"{path}: record {broken} does not match its checksum; the file was altered or cut")
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, BadFile):
+            raise
+        raise BadFile(f"{path}: not a whole PyTorch file ({_first_line(error)})") from error
+
+
+def _check_tensors(path: Path, content: Any) -> None:
+    """Refuse tensors that claim more elements than are stored: reading one could take any amount of memory."""
+    if isinstance(content, Tensor):
+        if content.layout != torch.strided or content.numel() * content.element_size() > content.untyped_storage().nbytes():
+            raise BadFile(f"{path}: a tensor of shape {tuple(content.shape)} has fewer bytes stored than it claims")
+    elif isinstance(content, dict):
+        for value in content.values():
+            _check_tensors(path, value)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            _check_tensors(path, value)
+
+
+class _RememberError:
+    """A file for torch.save that keeps the first OSError."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).split("\n", 1)[0] or type(error).__name__)[:200]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
