@@ -1,0 +1,73 @@
+"""detbb: train a detector once, then keep adding branches to it, and not one bit of what already works changes.
+
+The public names load their modules on first use, so that `import detbb` is instant.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from detbb.backbone import build_resnet, build_resnet_c4
+    from detbb.checkpoint import load_detector
+    from detbb.config_loading import load_config
+    from detbb.detector import build_detector
+    from detbb.ema import Ema
+    from detbb.evaluate import evaluate
+    from detbb.heads import HEADS, Head
+    from detbb.norm import SyncBatchNorm
+    from detbb.predict import predict
+    from detbb.train import train
+
+__version__ = "0.1.0"
+__all__ = [
+    "HEADS",
+    "Ema",
+    "Head",
+    "SyncBatchNorm",
+    "build_detector",
+    "build_resnet",
+    "build_resnet_c4",
+    "evaluate",
+    "load_config",
+    "load_detector",
+    "predict",
+    "train",
+]
+
+_MODULES = {
+    "HEADS": "heads",
+    "Ema": "ema",
+    "Head": "heads",
+    "SyncBatchNorm": "norm",
+    "build_detector": "detector",
+    "build_resnet": "backbone",
+    "build_resnet_c4": "backbone",
+    "evaluate": "evaluate",
+    "load_config": "config_loading",
+    "load_detector": "checkpoint",
+    "predict": "predict",
+    "train": "train",
+}
+
+
+class _Package(ModuleType):
+    """Three functions share their name with the module they are in; as attributes, the functions win."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and _MODULES.get(name) == name):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module 'detbb' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"detbb.{_MODULES[name]}"), name)
+        super().__setattr__(name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
