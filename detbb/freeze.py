@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from detbb.errors import UserError
-from detbb.norm import FrozenBatchNorm2d, is_norm
+from detbb.norm import FrozenBatchNorm2d, has_running_stats, is_norm, norm_modules
 
 if TYPE_CHECKING:
     from detbb.detector import Detector
@@ -105,10 +105,7 @@ def averaged_names(detector: Detector) -> list[str]:
 
 def moving_norms(detector: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Norms whose running statistics move in training as the modules stand now."""
-    for name, module in detector.named_modules():
-        if is_norm(module) and module.training and getattr(module, "running_mean", None) is not None:
-            if not isinstance(module, FrozenBatchNorm2d):
-                yield name, module
+    return ((name, norm) for name, norm in norm_modules(detector) if norm.training and has_running_stats(norm))
 
 
 def digest(tensor: Tensor) -> str:

@@ -1,0 +1,162 @@
+"""The freeze report: what is trained, what rests, and what does not fit together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from detbb import freeze
+from detbb.detector import Detector
+from detbb.files import write_atomically
+from detbb.norm import has_running_stats, norm_modules
+from detbb.phases import Phase
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module of the report; numbers of parameters are elements, not tensors."""
+
+    module: str
+    trained: int
+    total: int
+    norm: str  # types, "-" without norms
+    statistics: str  # moving | fixed | mixed | -
+    affine: str  # trained | fixed | mixed | -
+    lr: str
+    weight_decay: str
+    ema: str  # yes | no | mixed
+
+
+def rows(detector: Detector, optimizer: torch.optim.Optimizer, *, lr: float, averaged: Sequence[str]) -> list[Row]:
+    """A row for the stem, each stage, the neck and each head.
+
+    lr: the base learning rate at this point; averaged: the names that the EMA holds.
+    """
+    groups = {name: group for group in optimizer.param_groups for name in group["names"]}
+    held = set(averaged)
+    found = []
+    for part in freeze.parts(detector):
+        if part == "backbone":
+            continue
+        modules = freeze.resolve(detector, part)
+        named = [(f"{prefix}.{n}", p) for prefix, m in modules for n, p in m.named_parameters()]
+        norms = [norm for _, m in modules for _, norm in norm_modules(m)]
+        in_groups = [groups[n] for n, _ in named if n in groups]
+        found.append(
+            Row(
+                part,
+                sum(p.numel() for _, p in named if p.requires_grad),
+                sum(p.numel() for _, p in named),
+                "+".join(sorted({type(m).__name__ for m in norms})) or "-",
+                _either([_moves(m) for m in norms if hasattr(m, "running_mean")], "moving", "fixed"),
+                _either([_affine(m) for m in norms], "trained", "fixed"),
+                _numbers({g["lr_mult"] * lr for g in in_groups}),
+                _numbers({g["weight_decay"] for g in in_groups}),
+                _either([n in held for n, _ in named], "yes", "no"),
+            )
+        )
+    return found
+
+
+def findings(detector: Detector, phase: Phase) -> list[str]:
+    """What in the freeze list cannot be meant: names that add nothing."""
+    lines = []
+    tensors = {name: _tensors(detector, name) for name in phase.freeze}
+    for index, name in enumerate(phase.freeze):
+        others = set().union(*(tensors[n] for i, n in enumerate(phase.freeze) if i != index and n != name))
+        if not tensors[name]:
+            lines.append(f"freeze {name}: holds no parameter and no buffer, so freezing it does nothing")
+        elif tensors[name] <= others or name in phase.freeze[:index]:
+            lines.append(f"freeze {name}: matches nothing new, the other names cover it")
+    return lines
+
+
+def table(phase: Phase, report: Sequence[Row]) -> Table:
+    made = Table(title=f"phase {phase.index}: steps {phase.start} to {phase.end}, frozen: {_names(phase)}", title_justify="left")
+    for title in ("module", "trained", "total", "norm", "statistics", "affine", "lr", "weight decay", "ema"):
+        made.add_column(title, justify="right" if title in ("trained", "total") else "left")
+    for row in report:
+        made.add_row(*(f"{v:,}" if isinstance(v, int) else v for v in asdict(row).values()))
+    return made
+
+
+def markdown(phase: Phase, report: Sequence[Row], notes: Sequence[str]) -> str:
+    """The table for TensorBoard's text tab."""
+    titles = list(asdict(report[0])) if report else []
+    lines = [f"phase {phase.index}: steps {phase.start} to {phase.end}, frozen: {_names(phase)}", ""]
+    lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines += ["| " + " | ".join(str(v) for v in asdict(row).values()) + " |" for row in report]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
+
+
+class FreezeJournal:
+    """`freeze.json`: one entry a phase, with its report, digests, and the steps at which the digests were verified."""
+
+    def __init__(self, path: Path, *, resumed: bool) -> None:
+        self._path = path
+        self._entries: list[dict[str, Any]] = []
+        if resumed and path.exists():
+            self._entries = json.loads(path.read_text())["phases"]
+
+    def begin(self, phase: Phase, report: Sequence[Row], notes: Sequence[str], digests: dict[str, str]) -> None:
+        """Enter a phase; one that was begun before an interruption keeps what was verified."""
+        verified = [e["verified"] for e in self._entries if e["phase"] == phase.index]
+        self._entries = [e for e in self._entries if e["phase"] < phase.index]
+        self._entries.append(
+            {
+                "phase": phase.index,
+                "start": phase.start,
+                "end": phase.end,
+                "freeze": list(phase.freeze),
+                "modules": [asdict(row) for row in report],
+                "findings": list(notes),
+                "digests": digests,
+                "verified": verified[0] if verified else [],
+            }
+        )
+        self._write()
+
+    def verified(self, step: int) -> None:
+        steps = self._entries[-1]["verified"]
+        steps[:] = [*(s for s in steps if s < step), step]
+        self._write()
+
+    def find(self, note: str) -> None:
+        self._entries[-1]["findings"].append(note)
+        self._write()
+
+    def _write(self) -> None:
+        text = json.dumps({"phases": self._entries}, indent=1, ensure_ascii=False)
+        write_atomically(self._path, lambda file: file.write(text.encode()))
+
+
+def _tensors(detector: Detector, name: str) -> set[str]:
+    return {f"{prefix}.{n}" for prefix, m in freeze.resolve(detector, name) for n in m.state_dict()}
+
+
+def _moves(norm: torch.nn.Module) -> bool:
+    return norm.training and has_running_stats(norm)
+
+
+def _affine(norm: torch.nn.Module) -> bool:
+    return any(p.requires_grad for p in norm.parameters())
+
+
+def _either(values: Sequence[bool], yes: str, no: str) -> str:
+    if not values:
+        return "-"
+    return yes if all(values) else "mixed" if any(values) else no
+
+
+def _numbers(values: set[float]) -> str:
+    return ", ".join(f"{v:g}" for v in sorted(values)) or "-"
+
+
+def _names(phase: Phase) -> str:
+    return ", ".join(phase.freeze) or "nothing"

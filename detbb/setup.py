@@ -1,0 +1,260 @@
+"""What a run starts from: its folder, data, weights, and what it refuses to start with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from detbb import checkpoint as checkpoints
+from detbb import freeze
+from detbb.checkpoint import CheckpointFolder
+from detbb.config import Config
+from detbb.config_loading import config_to_dict
+from detbb.data import read_split
+from detbb.data.annotations import Annotations
+from detbb.detector import ClassList, Detector, build_detector
+from detbb.distributed import all_gather_objects, is_distributed, rank, rank0_first
+from detbb.errors import UserError
+from detbb.heads import find_head
+from detbb.norm import FrozenBatchNorm2d
+from detbb.phases import Phase
+from detbb.weights import load_backbone_weights
+
+
+@dataclass
+class Start:
+    """The checkpoint a run goes on from (None: a fresh start), and lines about files that were passed over."""
+
+    checkpoint: dict[str, Any] | None
+    notes: list[str]
+    step: int | None = None  # what the logs hold of later steps is dropped; None: there is nothing to drop
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """A UserError on one rank is raised on all, so that nobody waits for a process that left."""
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    if is_distributed():
+        everyone = all_gather_objects(None if error is None else str(error))
+        first = next((text for text in everyone if text is not None), None)
+        if error is None and first is not None:
+            error = UserError(first)
+    if error is not None:
+        raise error
+
+
+def open_run_folder(config: Config, resume: str | None) -> Start:
+    """Where the run starts: `resume` is None, `auto`, or a checkpoint file.
+
+    Raises: UserError: the folder holds a run and `resume` is None; the named checkpoint cannot be used.
+    """
+    folder = CheckpointFolder(Path(config.output_dir) / "checkpoints", config.checkpoint.keep)
+    if resume is None:
+        if (Path(config.output_dir) / "config.yaml").exists() or folder.steps():
+            raise UserError(
+                f"output_dir: {config.output_dir!r} already holds a run; go on with --resume, "
+                "or give another output_dir (nothing was changed)"
+            )
+        return Start(None, [])
+    if resume != "auto":
+        content = checkpoints.open_checkpoint(resume)
+        return Start(content, [f"resuming from {resume} at step {content['step']}"], content["step"])
+    found = folder.newest()
+    if found is None:
+        return Start(None, [f"--resume: no checkpoint in {folder.folder} yet, so this is a fresh start"], 0)
+    path, content, passed = found
+    notes = [f"WARNING: passed over an unusable checkpoint: {line}" for line in passed]
+    return Start(content, [*notes, f"resuming from {path} at step {content['step']}"], content["step"])
+
+
+def needs_by_source(config: Config, heads: Collection[str] | None = None) -> dict[str, frozenset[str]]:
+    """Which annotations these heads (default: all but the carried ones) learn from, by data source."""
+    needs: dict[str, set[str]] = {}
+    for name, head in config.heads.items():
+        if name in heads if heads is not None else name not in config.carried:
+            needs.setdefault(head.data, set()).add(find_head(head.type).needs)
+    return {source: frozenset(kinds) for source, kinds in needs.items()}
+
+
+def read_sources(config: Config) -> tuple[dict[str, Annotations], dict[str, Annotations]]:
+    """The train and val annotations of every data source in use, by its name.
+
+    Rank 0 reads first: generated sets are written once. Raises: UserError: a head needs what its source does not hold.
+    """
+    train: dict[str, Annotations] = {}
+    val: dict[str, Annotations] = {}
+    if rank() != 0:
+        rank0_first()
+    with agreed():
+        for name, needs in needs_by_source(config).items():
+            for split, found in (("train", train), ("val", val)):
+                annotations = read_split(config.data[name], split, name)
+                if annotations is None:
+                    continue
+                for need in sorted(needs):
+                    if not annotations.has(need):
+                        heads = [h for h, c in config.heads.items() if c.data == name and find_head(c.type).needs == need]
+                        raise UserError(f"heads.{heads[0]}: needs {need}, which data.{name}.{split} does not hold")
+                found[name] = annotations
+            if name not in train or not len(train[name]):
+                raise UserError(f"data.{name}.train: no images to train on")
+        if rank() == 0:
+            rank0_first()
+    return train, val
+
+
+def class_lists(config: Config, train: dict[str, Annotations]) -> dict[str, ClassList]:
+    """The classes of every head that is not carried, from its data."""
+    found = {}
+    for name, head in config.heads.items():
+        if name not in config.carried:
+            a = train[head.data]
+            found[name] = ClassList(a.classes, tuple(int(i) for i in a.category_ids), a.keypoint_names)
+    return found
+
+
+def total_steps(config: Config, train: dict[str, Annotations]) -> int:
+    """Optimizer steps of the run; `epochs` counts passes over every data source, the slowest one included."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None
+    turns = sum(config.data[name].weight for name in train)
+    longest = max(len(a) * turns / config.data[name].weight for name, a in train.items())
+    return math.ceil(config.train.epochs * longest / config.train.batch_size)
+
+
+def start_detector(config: Config, start: Start, train: dict[str, Annotations]) -> tuple[Detector, list[str]]:
+    """The detector with the weights the run starts from, and lines that say where they come from.
+
+    Carried heads are entered into `config`. Raises: UserError: weights do not fit; a part would stay random for good.
+    """
+    torch.manual_seed(config.seed)
+    classes = class_lists(config, train)
+    if start.checkpoint is not None:
+        if set(start.checkpoint["config"].get("carried", [])) - set(config.carried):
+            classes |= checkpoints.add_carried_heads(config, start.checkpoint)
+        _check_same_classes(classes, start.checkpoint)
+        detector = build_detector(config, classes)
+        _load_exactly(detector, start.checkpoint)
+        return detector, []
+    if config.init_from is None:
+        detector = build_detector(config, classes)
+        return detector, _load_weights(config, detector)
+    given = checkpoints.open_checkpoint(config.init_from)
+    classes |= checkpoints.add_carried_heads(config, given)
+    detector = build_detector(config, classes)
+    report = checkpoints.init_from(detector, given, config.init_from)
+    report.carried = list(config.carried)
+    lines = report.lines()
+    if not any(name.startswith("backbone.") for name in report.loaded):
+        lines += _load_weights(config, detector)
+    return detector, lines
+
+
+def refuse_random(config: Config, phases: list[Phase], detector: Detector, random: set[str]) -> list[str]:
+    """Warnings about random parts that start frozen.
+
+    random: names of tensors that no file gave. Raises: UserError: a random part would never be trained.
+    """
+    allowed = {"backbone": config.backbone.allow_random, "neck": config.neck.allow_random}
+    allowed |= {f"heads.{name}": head.allow_random for name, head in config.heads.items()}
+    warnings = []
+    for name in dict.fromkeys(n for phase in phases for n in phase.freeze):
+        part = ".".join(name.split(".")[:2]) if name.startswith("heads.") else name.split(".")[0]
+        tensors = [f"{prefix}.{n}" for prefix, m in freeze.resolve(detector, name) for n, _ in m.named_parameters()]
+        if allowed.get(part, False) or not random.intersection(tensors):
+            continue
+        if all(_covers(phase.freeze, name) for phase in phases):
+            raise UserError(
+                f"freeze: {name} has random weights and would never be trained, so everything after it would learn from "
+                f"noise; give weights (backbone.weights or init_from), or say {part}.allow_random: true"
+            )
+        warnings.append(f"WARNING: {name} starts frozen with random weights; it is trained in a later phase")
+    frozen_norms = [n for n, m in detector.backbone.named_modules() if isinstance(m, FrozenBatchNorm2d)]
+    if frozen_norms and not config.backbone.allow_random and f"backbone.{frozen_norms[0]}.running_mean" in random:
+        raise UserError(
+            "backbone.norm: 'frozen_bn' on random weights normalises nothing (mean 0, variance 1 for good); give "
+            "backbone.weights, use bn, sync_bn or gn, or say backbone.allow_random: true"
+        )
+    return warnings
+
+
+def random_tensors(config: Config, start: Start, detector: Detector) -> set[str]:
+    """State-dict names whose values no checkpoint or weight file gave."""
+    names = set(detector.state_dict())
+    if start.checkpoint is not None:
+        return set()
+    if config.init_from is not None:
+        given = checkpoints.open_checkpoint(config.init_from)
+        names -= set(given["model"])
+    if config.backbone.weights is not None:
+        heads = [f"heads.{n}.{p}." for n, h in detector.heads.items() for p in getattr(h, "backbone_parts", ())]
+        names = {n for n in names if not n.startswith(("backbone.", *heads))}
+    return names
+
+
+def _covers(frozen: tuple[str, ...], name: str) -> bool:
+    return any(name == f or name.startswith(f + ".") for f in frozen)
+
+
+def _load_weights(config: Config, detector: Detector) -> list[str]:
+    if config.backbone.weights is None:
+        return []
+    with agreed():
+        coverage = load_backbone_weights(detector.backbone, config.backbone.weights)
+        for head in detector.heads.values():
+            head.load_backbone_weights(coverage.state)
+    return [coverage.table(), *coverage.notes]
+
+
+def _check_same_classes(classes: dict[str, ClassList], checkpoint: dict[str, Any]) -> None:
+    for name, own in classes.items():
+        stored = checkpoint["classes"].get(name)
+        if stored is not None and ClassList.of(stored).names != own.names:
+            raise UserError(
+                f"--resume: heads.{name} learned {list(stored['names'])[:8]}, the data now has {list(own.names)[:8]}; "
+                "a changed class list is a new run: use init_from"
+            )
+
+
+def _load_exactly(detector: Detector, checkpoint: dict[str, Any]) -> None:
+    own, given = detector.state_dict(), checkpoint["model"]
+    differ = sorted(set(own) ^ set(given)) or [n for n in own if own[n].shape != given[n].shape]
+    if differ:
+        raise UserError(
+            f"--resume: the checkpoint does not fit this config: {', '.join(differ[:5])}; "
+            "resume with the run's own config.yaml, or start another run with init_from"
+        )
+    detector.load_state_dict(given)
+
+
+def config_changes(config: Config, checkpoint: dict[str, Any]) -> list[str]:
+    """Lines about what differs between this config and the one the checkpoint was trained with."""
+    lines = []
+    now, then = _flat(config_to_dict(config)), _flat(checkpoint["config"])
+    for key in dict.fromkeys([*now, *then]):
+        if now.get(key) != then.get(key) and key not in ("output_dir", "carried"):
+            lines.append(f"WARNING: resuming with another {key}: {then.get(key)!r} before, {now.get(key)!r} now")
+    return lines
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def count_parameters(module: nn.Module) -> str:
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return f"{trained:,} of {sum(p.numel() for p in module.parameters()):,} parameters are trained"

@@ -1,0 +1,162 @@
+"""One optimizer step: forward, backward, one check on all ranks, clip, step, average."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detbb import freeze, optim
+from detbb.config import TrainConfig
+from detbb.data.batch import Batch
+from detbb.detector import Detector
+from detbb.distributed import all_gather_objects, maximum, mean, pad_alike, rank
+from detbb.ema import Ema
+from detbb.files import save_tensors
+from detbb.norm import average_statistics
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient was not finite; the message names step, ranks, loss terms, images and the saved batch."""
+
+
+@dataclass
+class Learner:
+    """What learns: the detector, its average and its optimizer. Everything else is a function of the step."""
+
+    detector: Detector
+    ema: Ema | None
+    config: TrainConfig
+    device: torch.device
+    scaler: torch.amp.GradScaler
+    optimizer: torch.optim.Optimizer = field(init=False)
+    model: nn.Module = field(init=False)  # the detector, in DDP where there are several processes
+    skipped_in_row: int = 0
+    _difference: Tensor | None = None
+
+    def statistics_difference(self) -> float:
+        """The largest difference between ranks' running statistics since the last call; every rank calls it."""
+        seen, self._difference = self._difference, None
+        return 0.0 if seen is None else float(maximum(seen))
+
+    def share_statistics(self) -> None:
+        """Average moving statistics over ranks, at every step: then no rank holds a state of its own that could be lost."""
+        difference = average_statistics(self.detector)
+        if difference is not None:
+            self._difference = difference if self._difference is None else torch.maximum(self._difference, difference)
+
+
+@dataclass
+class Outcome:
+    """What one step did. Tensors stay on the device until somebody logs them."""
+
+    losses: dict[str, Tensor]
+    grad_norm: Tensor
+    images: int  # of this rank
+    stop: int  # the signal that a rank received, or 0
+    skipped: bool
+    bad_images: tuple[str, ...] = ()
+
+
+def train_step(learner: Learner, batches: list[Batch], *, lr: float, stop: int, folder: Path, step: int) -> Outcome:
+    """Learn from this rank's share of one step, given as `accumulate` batches of one source.
+
+    folder: where an offending batch is saved. Raises: NonFinite: on all ranks together.
+    """
+    detector, optimizer = learner.detector, learner.optimizer
+    statistics = _moving_statistics(detector) if learner.config.on_nonfinite == "skip" or learner.scaler.is_enabled() else []
+    optim.set_lr(optimizer, lr)
+    optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for index, batch in enumerate(batches):
+        batch = pad_alike(batch.to(learner.device))
+        with _reduced_once(learner.model, last=index == len(batches) - 1):
+            with torch.autocast(learner.device.type, *_autocast(learner.config)):
+                losses = learner.model(batch)
+            total = torch.stack([v.to(torch.promote_types(v.dtype, torch.float32)) for v in losses.values()]).sum()
+            learner.scaler.scale(total / len(batches)).backward()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value.detach() / len(batches)
+    parameters = dict(detector.named_parameters())
+    for name in detector.untouched(batches[0].source):
+        parameters[name].grad = None  # joined with a zero for DDP's sake; momentum and decay must not see it
+    learner.scaler.unscale_(optimizer)
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    loss_ok = torch.stack(list(sums.values())).isfinite().all()
+    # The one synchronisation of a step: all ranks learn whether anything is not finite and whether anybody must stop.
+    flags = torch.stack([(~loss_ok).float(), (~norm.isfinite()).float(), norm.new_tensor(stop, dtype=torch.float32)])
+    bad_loss, bad_gradient, signal = (int(v) for v in maximum(flags).tolist())
+    outcome = Outcome(sums, norm, sum(len(b.targets) for b in batches), signal, skipped=bool(bad_loss or bad_gradient))
+    outcome.bad_images = tuple(path for b in batches for path in b.bad_images)
+    if not outcome.skipped:
+        _update(learner, gradients, norm)
+        return outcome
+    for buffer, before in statistics:
+        buffer.copy_(before)
+    learner.scaler.update()
+    if bad_loss or not learner.scaler.is_enabled():  # fp16 finds its scale by overflowing gradients now and then
+        _refuse(learner, batches, sums, folder=folder, step=step)
+    return outcome
+
+
+def _reduced_once(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """DDP reduces gradients in the last of a step's backward passes."""
+    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def _autocast(config: TrainConfig) -> tuple[torch.dtype | None, bool]:
+    return AUTOCAST.get(config.precision), config.precision in AUTOCAST
+
+
+def _update(learner: Learner, gradients: list[Tensor], norm: Tensor) -> None:
+    if learner.config.grad_clip is not None:
+        torch._foreach_mul_(gradients, (learner.config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    learner.skipped_in_row = 0
+    learner.share_statistics()
+    if learner.ema is not None:
+        learner.ema.update()
+
+
+def _refuse(learner: Learner, batches: list[Batch], sums: dict[str, Tensor], *, folder: Path, step: int) -> None:
+    """Keep the batch and stop, or count a skipped step."""
+    learner.optimizer.zero_grad(set_to_none=True)
+    learner.skipped_in_row += 1
+    terms = {name: float(value) for name, value in sums.items()}
+    images = [t.image_id for b in batches for t in b.targets]
+    everyone = all_gather_objects((terms, images))
+    if learner.config.on_nonfinite == "skip" and learner.skipped_in_row <= learner.config.max_skipped:
+        return
+    saved = folder / f"nonfinite_step_{step:07d}_rank_{rank()}.pt"
+    save_tensors(saved, {"step": step, "losses": terms, "batches": [_plain(b) for b in batches]})
+    details = "; ".join(f"rank {r}: losses {t}, image ids {i}" for r, (t, i) in enumerate(everyone))
+    raise NonFinite(
+        f"step {step}: a loss or gradient is not finite ({details}); no weight was changed, the batch is saved in {saved}"
+    )
+
+
+def _moving_statistics(detector: Detector) -> list[tuple[Tensor, Tensor]]:
+    return [(b, b.clone()) for _, m in freeze.moving_norms(detector) for b in m.buffers(recurse=False)]
+
+
+def _plain(batch: Batch) -> dict[str, Any]:
+    return {
+        "images": batch.images,
+        "targets": [{"image_id": t.image_id, "boxes": t.boxes, "labels": t.labels} for t in batch.targets],
+    }
+
+
+def read_losses(outcome: Outcome) -> dict[str, float]:
+    """The step's losses and gradient norm as numbers, over all ranks. One transfer from the device; every rank calls it."""
+    values = mean(torch.stack([v.double() for v in outcome.losses.values()])).tolist()
+    losses = dict(zip(outcome.losses, values, strict=True))
+    return {"loss": sum(values), **losses, "grad_norm": float(outcome.grad_norm)}
