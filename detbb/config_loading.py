@@ -44,7 +44,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises: UserError: one line for the first mistake.
     """
     sources = _Sources(str(path), [*_file_layers(Path(path)), *(_override_layer(text) for text in overrides)])
-    values: dict[str, Any] = {}
+    values = config_to_dict(Config())  # so that ${…} reaches defaults too
     for name, layer in sources.layers:
         values = _merge(values, layer, name)
     return _build(_resolve(values, sources), sources, int(os.environ.get("WORLD_SIZE", "1")))

@@ -31,9 +31,11 @@ def parse(arguments: list[str]):
 def main() -> None:
     options = parse(sys.argv[1:])
     from detbb.config_loading import load_config
+
+    config = load_config(options.config, options.overrides)
     from detbb.train import train
 
-    train(load_config(options.config, options.overrides), resume=options.resume)
+    train(config, resume=options.resume)
 
 
 if __name__ == "__main__":

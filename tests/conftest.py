@@ -1,0 +1,29 @@
+"""What all tests share: one thread count, and where real data may be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # bits depend on the thread count, and child processes inherit it
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def data_folder() -> Callable[[str], Path]:
+    """`data_folder("bccd")`: that folder of real data, from $DETBB_DATA or beside the repository; skips if there is none."""
+
+    def find(name: str) -> Path:
+        repository = Path(__file__).resolve().parents[1]
+        roots = [Path(os.environ["DETBB_DATA"])] if "DETBB_DATA" in os.environ else [repository.parent / "shared" / "data"]
+        for root in roots:
+            if (root / name).is_dir():
+                return (root / name).resolve()
+        pytest.skip(f"no data folder {name!r} in {roots[0]}; set DETBB_DATA to the folder that holds it")
+
+    return find

@@ -1,0 +1,373 @@
+"""The configuration: what is written is what is run, and every mistake is one line that names its key."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detbb.config import Config
+from detbb.config_docs import PATH as DOCS
+from detbb.config_docs import make_docs
+from detbb.config_loading import config_from_dict, config_to_dict, load_config, save_config
+from detbb.errors import UserError
+from detbb.heads.fcos import FcosHead
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+VALID = """
+output_dir: runs/test
+backbone: {arch: resnet18, norm: bn}
+data:
+  blood:
+    format: coco
+    train: {images: train, annotations: train.json}
+    val: {images: val, annotations: val.json}
+  scenes:
+    format: semantic
+    train: {images: scenes, annotations: masks}
+    classes: [sky, ground]
+  cells:
+    format: yolo
+    train: {images: cells, annotations: labels}
+    classes: names.txt
+heads:
+  objects: {type: fcos, data: blood}
+  pixels: {type: semantic, data: scenes}
+phases:
+  - {steps: 40, freeze: [backbone, neck]}
+  - {freeze: [backbone.stem]}
+train: {steps: 100, batch_size: 12}
+schedule: {milestones: [60, 80]}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(VALID)
+    return path
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# (override, what the one line must say besides the override: the key, and what is valid or near)
+MISTAKES = [
+    ("trian.steps=5", ["trian is not a key", "did you mean train?"]),
+    ("train.stpes=5", ["train.stpes", "did you mean steps?"]),
+    ("phases[0].stpes=5", ["phases[0].stpes", "did you mean steps?"]),
+    ("phases[2].steps=5", ["phases[2]", "2 entries"]),
+    ("heads.objects.nms_tresh=0.5", ["heads.objects.nms_tresh", "did you mean nms_threshold?"]),
+    ("data.blood.train.anotations=x", ["data.blood.train.anotations", "did you mean annotations?"]),
+    ("data.blood.train.images=3", ["data.blood.train.images", "3", "text"]),
+    ("optimizer.lr_mult.bakbone=0.1", ["optimizer.lr_mult.bakbone", "did you mean backbone?"]),
+    ("train.steps=", ["train.steps", "no value"]),
+    ("train.steps", ["train.steps", "key=value"]),
+    ("=3", ["key=value"]),
+    ("train=3", ["train is 3", "section"]),
+    ("heads=fcos", ["heads is 'fcos'", "section"]),
+    ("heads.objects=fcos", ["heads.objects is 'fcos'", "section"]),
+    ("phases=3", ["phases is 3", "list"]),
+    ("phases=[3]", ["phases[0] is 3", "section"]),
+    ("freeze.a=1", ["freeze", "list"]),
+    ("train.steps=many", ["train.steps is 'many'", "whole number"]),
+    ("train.steps=1.5", ["train.steps is 1.5", "whole number"]),
+    ("train.steps=true", ["train.steps is true", "whole number"]),
+    ("train.steps=-5", ["train.steps is -5", "at least 1"]),
+    ("train.steps=99999999999999999999", ["train.steps", "64 bits"]),
+    ("optimizer.lr=fast", ["optimizer.lr is 'fast'", "number"]),
+    ("optimizer.lr=.inf", ["optimizer.lr", "finite number"]),
+    ("optimizer.lr=0", ["optimizer.lr is 0", "above 0"]),
+    ("optimizer.lr_mult.backbone=0", ["optimizer.lr_mult.backbone", "freeze it"]),
+    ("optimizer.betas=[0.9]", ["optimizer.betas", "two numbers"]),
+    ("optimizer.betas=[0.9,1.0]", ["optimizer.betas[1]", "below 1"]),
+    ("optimizer.momentum=1", ["optimizer.momentum", "below 1"]),
+    ("optimizer.type=adam", ["optimizer.type is 'adam'", "sgd, adamw", "did you mean adamw?"]),
+    ("backbone.norm=batch", ["backbone.norm is 'batch'", "bn, frozen_bn, sync_bn, gn"]),
+    ("backbone.norm_eval=yes", ["backbone.norm_eval is 'yes'", "true or false"]),
+    ("backbone.norm=frozen_bn", ["backbone.norm is 'frozen_bn'", "random weights", "backbone.weights", "allow_random"]),
+    ("backbone.norm_eval=true", ["backbone.norm_eval", "random weights", "allow_random"]),
+    ("backbone={norm: gn, norm_eval: true}", ["backbone.norm_eval", "'gn' has no running statistics"]),
+    ("neck.norm=frozen_bn", ["neck.norm", "random weights", "init_from"]),
+    ("neck.norm_eval=true", ["neck.norm_eval", "no running statistics"]),
+    ("neck.channels=0", ["neck.channels is 0", "at least 1"]),
+    ("train.epochs=3", ["train.steps", "train.epochs", "both"]),
+    ("train.steps=null", ["train.steps", "train.epochs", "missing"]),
+    ("freeze=[neck]", ["freeze", "phases"]),
+    ("phases[0].steps=null", ["phases[0].steps", "only the last"]),
+    ("phases[0].steps=100", ["phases", "100", "less than train.steps 100"]),
+    ("phases[1].steps=50", ["phases", "90", "must be train.steps 100"]),
+    ("phases[0].freeze=[bakcbone]", ["phases[0].freeze[0]", "'bakcbone'", "did you mean backbone?"]),
+    ("phases[1].freeze=[neck,heads.object]", ["phases[1].freeze[1]", "'heads.object'", "did you mean objects?"]),
+    ("heads.objects.type=fcso", ["heads.objects.type", "fcso", "did you mean 'fcos'?"]),
+    ("heads.objects.type=no_such_package:Head", ["heads.objects.type", "no_such_package"]),
+    ("heads.objects.data=bloood", ["heads.objects.data is 'bloood'", "did you mean blood?"]),
+    ("heads.objects.threshold=1.5", ["heads.objects.threshold", "between 0 and 1"]),
+    ("heads.pixels.data=blood", ["heads.pixels.data", "format coco", "needs semantic"]),
+    ("heads.objects.data=scenes", ["heads.objects.data", "format semantic", "needs boxes"]),
+    ("heads.mask={type: mask_rcnn, data: cells}", ["heads.mask.data", "format yolo", "needs masks"]),
+    ("heads.new={type: fcos}", ["heads.new.data", "missing"]),
+    ("heads.new={data: blood}", ["heads.new", "type"]),
+    ("heads.my-head={type: fcos, data: blood}", ["heads.my-head", "not a valid name"]),
+    ("heads.keys={type: fcos, data: blood}", ["heads.keys", "ModuleDict"]),
+    ("data.a/b={format: shapes}", ["data.a/b", "not a valid name"]),
+    ("data.blood.format=coco2", ["data.blood.format", "coco, voc, yolo, semantic, shapes"]),
+    ("data.blood.train={annotations: null}", ["data.blood.train.annotations", "missing", "coco"]),
+    ("data.blood.train.size=4", ["data.blood.train.size", "only format shapes"]),
+    ("data.scenes.classes=null", ["data.scenes.classes", "format semantic"]),
+    ("data.scenes.classes=[sky,sky]", ["data.scenes.classes", "twice"]),
+    ("data.blood.image_size=[1333,800]", ["data.blood.image_size", "short side, longest side"]),
+    ("data.blood.image_size=[640]", ["data.blood.image_size", "short side, longest side"]),
+    ("data.blood.image_size=[0,10]", ["data.blood.image_size[0]", "at least 1"]),
+    ("data.blood.augment=heavy", ["data.blood.augment is 'heavy'", "default, none"]),
+    ("data.blood.augment=[{p: 0.5}]", ["data.blood.augment", "{type: Name"]),
+    ("data.blood.weight=0", ["data.blood.weight", "above 0"]),
+    ("train.batch_size=0", ["train.batch_size is 0", "at least 1"]),
+    ("train.accumulate=5", ["train.batch_size is 12", "10 or 15"]),
+    ("train.precision=fp8", ["train.precision", "fp32, fp64, bf16, fp16"]),
+    ("train.grad_clip=0", ["train.grad_clip", "above 0"]),
+    ("schedule.milestones=[80,60]", ["schedule.milestones", "ascending"]),
+    ("schedule.milestones=[60,100]", ["schedule.milestones", "below train.steps 100"]),
+    ("schedule.warmup_steps=100", ["schedule.warmup_steps is 100", "below train.steps 100"]),
+    ("ema.decay=1", ["ema.decay", "below 1"]),
+    ("ema=0.99", ["ema is 0.99", "section"]),
+    ("checkpoint.keep=1", ["checkpoint.keep is 1", "at least 2"]),
+    ("eval.every=0", ["eval.every", "at least 1"]),
+    ("eval.best=object/bbox/AP", ["eval.best", "did you mean objects?"]),
+    ("eval.best=pixels/sem/mIoU", ["eval.best", "data.scenes has no val split"]),
+    ("init_from=[a]", ["init_from", "text"]),
+    ("output_dir=${nowhere}", ["output_dir", "nowhere"]),
+    ("output_dir=${oc.env:DETBB_UNSET}", ["output_dir", "DETBB_UNSET is not set"]),
+    ("output_dir=${oc.env:HF_TOKEN,x}", ["output_dir", "HF_TOKEN", "secret"]),
+    ("output_dir=???", ["output_dir", "not resolved"]),
+    ("train.steps=!!int 5", ["tag"]),
+    ("base=other.yaml", ["base"]),
+    ("log.every=[1", ["line 1"]),
+]
+
+
+@pytest.mark.parametrize(("override", "said"), MISTAKES, ids=[override for override, _ in MISTAKES])
+def test_mistake_is_one_line_that_names_the_override_the_key_and_what_is_valid(file: Path, override: str, said: list[str]):
+    text = error_of(file, override)
+    assert text.startswith("override ") or str(file) in text
+    assert not [part for part in said if part not in text], text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("train: {steps: 5}\ntrain: {steps: 6}\n", ["line 2", "'train' is given twice"]),
+        ("train: {steps: 5\n", ["line 2"]),
+        ("train: !!python/object/apply:os.system [ls]\n", ["line 1", "tag"]),
+        ("a: &x {b: 1}\nc: *x\n", ["line 2", "alias"]),
+        ("1: 2\n", ["line 1", "a key must be a word"]),
+        ("", ["null", "sections"]),
+        ("- a\n", ["sections"]),
+        ("a: " + "[" * 5000, ["line 1"]),
+        ("a: \x07\n", ["not readable"]),
+        ("data: {x: {format: shapes}}\ntrain: {steps: 5}\n", ["heads is empty"]),
+        ("heads: {}\n", ["data is empty"]),
+        ("base: nowhere.yaml\n", ["nowhere.yaml", "no such config file"]),
+        ("base: 3\n", ["base is 3", "path"]),
+        ("base: child.yaml\n", ["child.yaml", "has a base itself", "one level"]),
+    ],
+)
+def test_mistake_in_the_file_names_the_file_and_the_line_or_key(tmp_path: Path, file: Path, wrong: str, said: list[str]):
+    (tmp_path / "child.yaml").write_text("base: run.yaml\n")
+    file.write_text(wrong)
+    text = error_of(file)
+    assert str(file.parent) in text
+    assert not [part for part in said if part not in text], text
+
+
+def test_missing_file_names_a_near_one(file: Path):
+    assert "did you mean run.yaml?" in error_of(file.with_name("runn.yaml"))
+
+
+def test_error_names_the_file_that_wrote_the_key(tmp_path: Path, file: Path):
+    child = tmp_path / "child.yaml"
+    child.write_text("base: run.yaml\noptimizer: {lr: 0.5}\n")
+    assert load_config(child).optimizer.lr == 0.5
+    file.write_text(VALID + "log: {evry: 3}\n")
+    assert error_of(child, "seed=1").startswith(f"{file}: log.evry")
+
+
+def test_base_is_merged_before_the_rest(tmp_path: Path, file: Path):
+    child = tmp_path / "child.yaml"
+    child.write_text("base: run.yaml\ntrain: {steps: 200}\nheads: {objects: {nms_threshold: 0.3}}\nphases: []\nema: null\n")
+    config, parent = load_config(child), load_config(file)
+    assert (config.train.steps, config.train.batch_size) == (200, 12)
+    assert (config.heads["objects"].nms_threshold, config.heads["objects"].data) == (0.3, "blood")
+    assert (config.phases, len(parent.phases)) == ([], 2)
+    assert (config.ema, config.eval.weights, parent.eval.weights) == (None, "model", "ema")
+
+
+def test_overrides_reach_every_kind_of_value(file: Path):
+    config = load_config(
+        file,
+        [
+            "optimizer.lr=1e-3",
+            "train.cache_features=off",
+            "train.workers=0",
+            "train.grad_clip=null",
+            "phases[0].steps=30",
+            "phases.1.freeze=[heads.pixels]",
+            "optimizer.lr_mult.backbone.layer1=0.5",
+            "heads.objects.levels=[p4,p5]",
+            "ema.decay=0.5",
+            "eval.every=25",
+            "data.blood.augment=[{type: HorizontalFlip, p: 0.5}]",
+            "output_dir=runs/a=b",
+            "init_from=runs/${seed}/last.pt",
+        ],
+    )
+    assert config.optimizer.lr == 1e-3
+    assert config.train.cache_features == "off"
+    assert config.train.grad_clip is None
+    assert [p.steps for p in config.phases] == [30, None]
+    assert config.phases[1].freeze == ["heads.pixels"]
+    assert config.optimizer.lr_mult == {"backbone.layer1": 0.5}
+    assert isinstance(config.heads["objects"], FcosHead.Config)
+    assert config.heads["objects"].levels == ["p4", "p5"]
+    assert config.ema is not None and config.ema.decay == 0.5
+    assert (config.eval.every, config.checkpoint.every) == (25, 25)
+    assert config.data["blood"].augment == [{"type": "HorizontalFlip", "p": 0.5}]
+    assert (config.output_dir, config.init_from) == ("runs/a=b", "runs/0/last.pt")
+
+
+def test_environment_gives_the_data_root_and_is_resolved_in_what_is_saved(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file.write_text(VALID.replace("images: train,", "images: '${oc.env:DETBB_DATA,data}/train',"))
+    monkeypatch.delenv("DETBB_DATA", raising=False)
+    assert load_config(file).data["blood"].train.images == "data/train"
+    monkeypatch.setenv("DETBB_DATA", "/elsewhere")
+    config = load_config(file)
+    save_config(config, tmp_path / "saved.yaml")
+    monkeypatch.setenv("DETBB_DATA", "/somewhere")
+    assert load_config(tmp_path / "saved.yaml").data["blood"].train.images == "/elsewhere/train"
+
+
+def test_batch_must_divide_among_the_processes(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    load_config(file)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    text = error_of(file)
+    assert "train.batch_size is 12" in text and "8 or 16" in text
+
+
+def test_a_saved_config_loads_as_the_same_config(file: Path, tmp_path: Path):
+    config = load_config(file, ["optimizer.lr_mult.neck=0.1", "data.blood.classes=[RBC, 'off', '1']", "device=cpu"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert config_from_dict(config_to_dict(config), "the checkpoint") == config
+    assert type(config) is Config and _only_plain(config_to_dict(config))
+
+
+def _only_plain(value: object) -> bool:
+    if type(value) is dict:
+        return all(type(key) is str and _only_plain(item) for key, item in value.items())
+    return all(map(_only_plain, value)) if type(value) is list else value is None or type(value) in (bool, int, float, str)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sed": 1}, "did you mean seed?"),
+        ({"seed": "${oc.env:HOME}"}, "seed"),
+        ({"output_dir": "${oc.env:HOME}"}, "not resolved"),
+        ({"data": {1: {}}}, "key 1"),
+        ({"data": {"a": object()}}, "data.a"),
+    ],
+)
+def test_a_stored_config_is_read_as_strictly_and_without_the_environment(file: Path, change: dict, said: str):
+    with pytest.raises(UserError, match="^last.pt: ") as caught:
+        config_from_dict({**config_to_dict(load_config(file)), **change}, "last.pt")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_of_the_project_is_valid_and_opens_with_its_command(path: Path):
+    load_config(path)
+    header = path.read_text().split("\n\n")[0:3]
+    assert "tools/train.py --config " + str(path.relative_to(REPOSITORY)) in "\n".join(header)
+
+
+def test_docs_are_current():
+    assert DOCS.read_text() == make_docs(), "run: make docs"
+
+
+YAML_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["${seed}", "${", "bn"]),
+    lambda children: st.lists(children, max_size=3)
+    | st.dictionaries(st.sampled_from(["steps", "type", "data", "train", "heads", "x"]) | st.text(max_size=4), children),
+    max_leaves=6,
+)
+SECTIONS = st.sampled_from([*config_to_dict(Config()), "base", "bakbone"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(changes=st.dictionaries(SECTIONS, YAML_VALUE, max_size=3), tail=st.text(max_size=10))
+def test_any_text_is_a_config_or_a_user_error(tmp_path_factory: pytest.TempPathFactory, changes: dict, tail: str):
+    path = tmp_path_factory.mktemp("fuzz") / "run.yaml"
+    for text in (yaml.safe_dump({**yaml.safe_load(VALID), **changes}), VALID + tail):
+        path.write_text(text, encoding="utf-8", errors="replace")
+        try:
+            load_config(path)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+def train_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPOSITORY / "tools" / "train.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(file: Path):
+    for arguments in (["--confg", "x"], ["--config", str(file), "--resume", "train.stpes=5"]):
+        done = train_command(*arguments)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("tool", sorted((REPOSITORY / "tools").glob("*.py")), ids=lambda p: p.name)
+def test_help_shows_an_example_and_imports_no_torch(tool: Path):
+    code = f"import sys, runpy; sys.argv = [{str(tool)!r}, '--help']\ntry: runpy.run_path({str(tool)!r}, run_name='__main__')\n"
+    code += "except SystemExit as e: assert not e.code, e.code\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"python tools/{tool.name} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resume", "overrides"),
+    [
+        ([], None, []),
+        (["a=1", "b=2"], None, ["a=1", "b=2"]),
+        (["--resume"], "auto", []),
+        (["--resume", "a=1"], "auto", ["a=1"]),
+        (["--resume", "auto", "a=1"], "auto", ["a=1"]),
+        (["--resume", "last.pt", "a=1"], "last.pt", ["a=1"]),
+        (["a=1", "--resume", "b=2"], "auto", ["a=1", "b=2"]),
+        (["--resume=lr=1/last.pt", "a=1"], "lr=1/last.pt", ["a=1"]),
+    ],
+)
+def test_resume_takes_a_checkpoint_and_never_an_override(arguments: list[str], resume: str | None, overrides: list[str]):
+    sys.path.insert(0, str(REPOSITORY / "tools"))
+    try:
+        from train import parse
+    finally:
+        sys.path.pop(0)
+    for line in (["--config", "x.yaml", *arguments], [*arguments, "--config", "x.yaml"]):
+        options = parse(line)
+        assert (options.config, options.resume, options.overrides) == ("x.yaml", resume, overrides)
