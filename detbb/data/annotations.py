@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,27 +38,29 @@ class PackedStrings:
 class Segments:
     """The masks of M objects: each a list of polygons, or one run-length code (COCO's compressed string form).
 
-    `polygons(i)` gives float64 arrays (points, 2) of x, y in original pixels; `rle(i)` gives `(height, width, counts)` or None.
+    `polygons(i)` gives float64 arrays (points, 2) of x, y in original pixels; `rle(i)` gives
+    `(height, width, counts)` or None.
     """
 
     def __init__(self, items: Iterable[list[list[float]] | dict | None]) -> None:
         """`items`: one COCO `segmentation` each: a list of flat polygons, an RLE dict, or None."""
-        coordinates: list[np.ndarray] = []
-        lengths: list[int] = []  # of each polygon, in numbers
+        polygons: list[list[float]] = []
         polygon_count: list[int] = []
-        self._rle: dict[int, tuple[int, int, bytes]] = {}
+        rles: dict[int, tuple[int, int, bytes]] = {}
         for index, item in enumerate(items):
+            before = len(polygons)
             if isinstance(item, dict):
-                self._rle[index] = _compressed_rle(item)
-                polygon_count.append(0)
-                continue
-            polygons = [np.asarray(p, dtype=np.float64) for p in item or [] if len(p) >= 6]
-            coordinates += polygons
-            lengths += [len(p) for p in polygons]
-            polygon_count.append(len(polygons))
-        self._xy = np.concatenate(coordinates) if coordinates else np.zeros(0)
-        self._polygon_first = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+                rles[index] = _compressed_rle(item)
+            elif item:
+                polygons += [p for p in item if len(p) >= 6]
+            polygon_count.append(len(polygons) - before)
+        lengths = np.fromiter(map(len, polygons), np.int64, len(polygons))
+        self._xy = np.fromiter(chain.from_iterable(polygons), np.float64, int(lengths.sum()))
+        self._polygon_first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self._first = np.concatenate([[0], np.cumsum(polygon_count, dtype=np.int64)]).astype(np.int64)
+        self._rle_rows = np.array(list(rles), dtype=np.int64)
+        self._rle_hw = np.array([r[:2] for r in rles.values()], dtype=np.int64).reshape(-1, 2)
+        self._rle_counts = PackedStrings(r[2].decode("ascii") for r in rles.values())
 
     def __len__(self) -> int:
         return len(self._first) - 1
@@ -68,7 +72,17 @@ class Segments:
         ]
 
     def rle(self, index: int) -> tuple[int, int, bytes] | None:
-        return self._rle.get(index)
+        row = int(np.searchsorted(self._rle_rows, index))
+        if row == len(self._rle_rows) or self._rle_rows[row] != index:
+            return None
+        height, width = self._rle_hw[row].tolist()
+        return height, width, self._rle_counts[row].encode("ascii")
+
+    def not_finite(self) -> np.ndarray:
+        """Indices of the objects with a coordinate that is NaN or infinite."""
+        numbers = np.flatnonzero(~np.isfinite(self._xy))
+        polygons = np.searchsorted(self._polygon_first, numbers, side="right") - 1
+        return np.unique(np.searchsorted(self._first, polygons, side="right") - 1)
 
     def coco(self, index: int) -> list[list[float]] | dict:
         """The object's COCO `segmentation`, as the evaluators read it."""
@@ -85,6 +99,20 @@ def _compressed_rle(item: dict) -> tuple[int, int, bytes]:
     if isinstance(counts, list):
         counts = coco_mask.frPyObjects(item, height, width)["counts"]
     return height, width, counts.encode("ascii") if isinstance(counts, str) else counts
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault in one file of annotations."""
+
+    kind: str
+    count: int
+    first: tuple[Any, ...]  # ids or names, at most ten
+    repaired: bool
+
+    def __str__(self) -> str:
+        more = ", …" if self.count > len(self.first) else ""
+        return f"{self.count} x {self.kind} {', '.join(map(str, self.first))}{more}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +136,8 @@ class Annotations:
     keypoint_names: tuple[str, ...] = ()
     flip_pairs: tuple[tuple[int, int], ...] = ()  # keypoints that change places when the image is mirrored
     mask_files: PackedStrings | None = None  # (N,) class-index PNGs, whole paths
-    mask_values: np.ndarray | None = None  # (256,) uint8: mask value -> label, 255 to ignore
+    mask_values: np.ndarray | None = None  # (256,) uint8: mask value -> label, 255 to ignore, 254 for no class at all
+    faults: tuple[Fault, ...] = ()  # what the reader repaired, with counts
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -120,7 +149,7 @@ class Annotations:
         return self.root / self.file_names[index]
 
     def has(self, need: str) -> bool:
-        """Whether this split can train and evaluate heads that need `boxes`, `masks`, `keypoints`, `semantic` or `labels`."""
+        """Whether heads that need `boxes`, `masks`, `keypoints`, `semantic` or `labels` can learn from this split."""
         return {
             "boxes": self.mask_files is None,
             "labels": self.mask_files is None,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,8 +35,18 @@ class Target:
     keypoints: Tensor | None = None  # (n, K, 3) float32: x, y, visibility (0 absent, 1 hidden, 2 visible)
     semantic: Tensor | None = None  # (h, w) uint8: labels in [0, C) or 255 to ignore
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Small tensors as arrays: between processes each tensor would hold an open file."""
+        small = {
+            k: v.numpy() for k, v in vars(self).items() if isinstance(v, Tensor) and v.numel() < 65536 and not v.is_cuda
+        }
+        return {**vars(self), **small}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()})
+
     def to(self, device: torch.device) -> Target:
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -54,22 +65,30 @@ class Batch:
     images: Tensor
     targets: list[Target]
     source: str
+    bad_images: tuple[str, ...] = ()  # files left out or replaced because they could not be decoded
 
     @property
     def sizes(self) -> list[ImageSize]:
         return [t.size for t in self.targets]
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.images.to(device, non_blocking=True), [t.to(device) for t in self.targets], self.source)
+        images = self.images.to(device, non_blocking=True)
+        return replace(self, images=images, targets=[t.to(device) for t in self.targets])
 
     def pin_memory(self) -> Batch:
         return replace(self, images=self.images.pin_memory())
 
 
-def collate(images: Sequence[Tensor], targets: Sequence[Target], source: str, stride: int = 32) -> Batch:
-    """Pad (3, h, w) uint8 images with zeros to one size that is a multiple of `stride`."""
-    height = -(-max(i.shape[1] for i in images) // stride) * stride
-    width = -(-max(i.shape[2] for i in images) // stride) * stride
+def collate(
+    images: Sequence[Tensor],
+    targets: Sequence[Target],
+    source: str,
+    stride: int = 32,
+    at_least: tuple[int, int] = (0, 0),
+) -> Batch:
+    """Pad (3, h, w) uint8 images with zeros to one size that is a multiple of `stride` and covers `at_least` (h, w)."""
+    height = -(-max(at_least[0], *(i.shape[1] for i in images)) // stride) * stride
+    width = -(-max(at_least[1], *(i.shape[2] for i in images)) // stride) * stride
     padded = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
     for row, image in zip(padded, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image

@@ -1,0 +1,144 @@
+"""What readers find wrong with annotations: repaired and counted, or refused with the first ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detbb.data.annotations import Fault, Segments
+from detbb.errors import UserError, unknown_name
+
+SHOWN = 10
+
+
+class Faults:
+    """The faults of one file, in the order found. A reader collects all of them before it refuses."""
+
+    def __init__(self, origin: str | Path) -> None:
+        self.origin = origin
+        self.found: list[Fault] = []
+
+    def repair(self, kind: str, ids: Iterable[Any]) -> None:
+        self._add(kind, ids, repaired=True)
+
+    def refuse(self, kind: str, ids: Iterable[Any]) -> None:
+        self._add(kind, ids, repaired=False)
+
+    def _add(self, kind: str, ids: Iterable[Any], *, repaired: bool) -> None:
+        items = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        if items:
+            self.found.append(Fault(kind, len(items), tuple(items[:SHOWN]), repaired))
+
+    def finish(self) -> tuple[Fault, ...]:
+        """What was repaired; raises UserError with everything that was refused."""
+        if refused := [str(f) for f in self.found if not f.repaired]:
+            raise UserError(f"{self.origin}: {'; '.join(refused)}")
+        return tuple(self.found)
+
+
+@dataclass
+class Rows:
+    """Objects as a reader found them, in any order."""
+
+    image: np.ndarray  # (M,) int64 index of the image
+    label: np.ndarray  # (M,) int64; -1: of a class that is not wanted
+    boxes_xywh: np.ndarray  # (M, 4) float64
+    area: np.ndarray  # (M,) float64, NaN where missing
+    crowd: np.ndarray  # (M,) bool
+    ids: np.ndarray  # (M,) int64, 0 where missing
+    segmentations: Sequence[Any] | None = None  # (M,) COCO form
+    keypoints: np.ndarray | None = None  # (M, K, 3) float32
+
+
+def arrange(rows: Rows, sizes: np.ndarray, faults: Faults) -> dict[str, Any]:
+    """The object fields of `Annotations`, sorted by image, faulty rows repaired, dropped or noted as refused."""
+    boxes, ids = rows.boxes_xywh, rows.ids
+    height, width = sizes[rows.image].astype(np.float64).reshape(-1, 2).T
+    x, y, w, h = boxes.T
+    finite = np.isfinite(boxes).all(axis=1)
+    faults.refuse("box that is not finite, annotation ids", ids[~finite])
+    faults.refuse("box of negative width or height, annotation ids", ids[finite & ((w < 0) | (h < 0))])
+    zero = finite & ((w == 0) | (h == 0))
+    faults.repair("box of no area (dropped), annotation ids", ids[zero])
+    outside = finite & ~zero & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
+    faults.repair("box outside its image (dropped), annotation ids", ids[outside])
+    no_area = ~(np.isfinite(rows.area) & (rows.area >= 0))
+    faults.repair("missing area (from the box), annotation ids", ids[no_area])
+    keep = np.flatnonzero(finite & ~zero & ~outside & (rows.label >= 0))
+    order = keep[np.argsort(rows.image[keep], kind="stable")]
+    fields: dict[str, Any] = {
+        "first": np.searchsorted(rows.image[order], np.arange(len(sizes) + 1)).astype(np.int64),
+        "boxes_xywh": np.ascontiguousarray(boxes[order]),
+        "labels": rows.label[order].astype(np.int32),
+        "crowd": rows.crowd[order],
+        "areas": np.where(no_area, w * h, rows.area)[order],
+        "object_ids": unique_ids(ids, faults)[order],
+    }
+    if rows.segmentations is not None:
+        fields["segments"] = _segments(rows.segmentations, order, rows, sizes, faults)
+    if rows.keypoints is not None:
+        fields["keypoints"] = rows.keypoints[order]
+    return fields
+
+
+def unique_ids(ids: np.ndarray, faults: Faults) -> np.ndarray:
+    """`ids` with fresh ones for 0 (which scores AP 0) and for every second use (which counts once)."""
+    first_use = np.zeros(len(ids), dtype=bool)
+    first_use[np.unique(ids, return_index=True)[1]] = True
+    fresh = ~first_use | (ids == 0)
+    faults.repair("annotation id missing, 0 or used twice (renumbered), annotation ids", ids[fresh])
+    result = ids.copy()
+    result[fresh] = max(int(ids.max(initial=0)), 0) + 1 + np.arange(fresh.sum())
+    return result
+
+
+def _segments(items: Sequence[Any], order: np.ndarray, rows: Rows, sizes: np.ndarray, faults: Faults) -> Segments:
+    used = [items[i] for i in order]
+    bad = []
+    for position, item in enumerate(used):
+        if isinstance(item, list):
+            faulty = any(len(p) % 2 for p in item)
+        elif item:
+            faulty = list(item.get("size", ())) != sizes[rows.image[order[position]]].tolist()
+        else:
+            faulty = False
+        if faulty:
+            bad.append(position)
+            used[position] = None
+    faults.refuse(
+        "segmentation with an odd number of coordinates or a size that is not its image's, annotation ids",
+        rows.ids[order[bad]],
+    )
+    try:
+        segments = Segments(used)
+    except (TypeError, ValueError, KeyError, OverflowError) as e:
+        raise UserError(f"{faults.origin}: a segmentation cannot be read: {e}") from None
+    if len(unbounded := segments.not_finite()):
+        faults.refuse("segmentation that is not finite, annotation ids", rows.ids[order[unbounded]])
+    return segments
+
+
+def choose_classes(
+    found: Sequence[str], wanted: Sequence[str] | None, origin: str | Path, *, exact: bool
+) -> tuple[str, ...]:
+    """The classes to use, in order. `wanted` must be among `found`; with `exact` there may be no others either."""
+    if len(set(found)) < len(found):
+        raise UserError(
+            f"{origin}: a class name is used twice: {sorted({n for n in found if list(found).count(n) > 1})}"
+        )
+    if wanted is None:
+        return tuple(found)
+    lacks = [n for n in wanted if n not in found]
+    if lacks and not exact:
+        raise unknown_name(f"{origin}: classes", lacks[0], found)
+    extra = [n for n in found if n not in wanted] if exact else []
+    if lacks or extra:
+        parts = [
+            f"{verb} {', '.join(map(repr, names))}" for verb, names in (("lacks", lacks), ("adds", extra)) if names
+        ]
+        raise UserError(f"{origin}: classes differ from the training split's: {'; '.join(parts)}")
+    return tuple(wanted)

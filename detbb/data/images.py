@@ -1,0 +1,178 @@
+"""Image files to arrays: RGB, upright, 8 bits, whatever the file holds, and never more than it may."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from detbb.errors import UserError
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "MPO", "JPEG2000")  # no format that starts a program
+SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"])
+_UPRIGHT = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(UserError):
+    """An image file that cannot be used: the file and why."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = str(path), reason
+
+
+def name_fault(name: str) -> str | None:
+    """Why a file name may not be joined to an image folder, or None. Looks at the text alone."""
+    if not name or "\0" in name:
+        return "is empty or holds a NUL character"
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        return "leaves the image folder"
+    return None
+
+
+def safe_join(root: str | Path, name: str) -> Path:
+    """The path of file `name` below `root`.
+
+    Raises BadImage for names that lead out of `root`: absolute ones, those with `..`, and symbolic links.
+    """
+    path = Path(root) / name
+    if fault := name_fault(name):
+        raise BadImage(path, f"file name {fault}")
+    real_root = _real(str(root))
+    if not os.path.realpath(path).startswith(real_root.rstrip(os.sep) + os.sep):
+        raise BadImage(path, "is a symbolic link that leaves the image folder")
+    return path
+
+
+@lru_cache(maxsize=64)
+def _real(root: str) -> str:
+    return os.path.realpath(root)
+
+
+def image_header(path: str | Path) -> tuple[int, int]:
+    """(height, width) of an image file after EXIF rotation, without decoding it. Raises BadImage."""
+    with _open(path) as file:
+        image = _identify(path, file)
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def read_image(path: str | Path, max_pixels: int) -> np.ndarray:
+    """(h, w, 3) uint8 RGB, upright by its EXIF orientation.
+
+    Gray becomes three equal channels, 16 bits are scaled by their range (value / 257), palettes are looked up, CMYK is
+    converted, transparency is dropped, of several frames the first is taken. Raises BadImage, for more than
+    `max_pixels` from the header alone.
+    """
+    with _open(path) as file:
+        image = _identify(path, file)
+        if image.width * image.height > max_pixels:
+            raise BadImage(path, f"has {image.width} x {image.height} pixels, more than max_pixels: {max_pixels}")
+        orientation = _orientation(image)
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1:
+            file.seek(0)
+            if (fast := _decode_whole_jpeg(file.read())) is not None:
+                return fast
+        try:
+            image.load()
+            if orientation in _UPRIGHT:
+                image = image.transpose(_UPRIGHT[orientation])
+            return _rgb(image)
+        except Exception as e:  # decoders raise anything on bytes they do not expect
+            raise BadImage(path, f"cannot be decoded: {_line(e)}") from None
+
+
+def read_index_png(path: str | Path, max_pixels: int) -> np.ndarray:
+    """(h, w) uint8 values of a class-index mask: gray values, or palette indices. Raises BadImage."""
+    with _open(path) as file:
+        image = _identify(path, file)
+        if image.width * image.height > max_pixels:
+            raise BadImage(path, f"has {image.width} x {image.height} pixels, more than max_pixels: {max_pixels}")
+        if image.mode not in ("L", "P", "1"):
+            raise BadImage(path, f"has mode {image.mode}; a mask holds one 8-bit class index a pixel")
+        try:
+            return np.array(image, dtype=np.uint8)
+        except Exception as e:
+            raise BadImage(path, f"cannot be decoded: {_line(e)}") from None
+
+
+def list_images(folder: Path) -> list[str]:
+    """Names of the image files below `folder`, sorted, relative to it."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    found = [Path(at, name) for at, _, names in os.walk(folder) for name in names]
+    return sorted(p.relative_to(folder).as_posix() for p in found if p.suffix.lower() in SUFFIXES)
+
+
+def _open(path: str | Path) -> BinaryIO:
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
+            raise BadImage(path, "is a folder, not a file" if stat.S_ISDIR(mode) else "is not a regular file")
+        return open(path, "rb")
+    except (OSError, ValueError) as e:
+        if isinstance(e, BadImage):
+            raise
+        raise BadImage(path, f"cannot be read: {getattr(e, 'strerror', None) or e}") from None
+
+
+def _identify(path: str | Path, file: BinaryIO) -> Image.Image:
+    try:
+        with warnings.catch_warnings():  # Pillow's own pixel limit; ours is checked by the caller
+            warnings.simplefilter("ignore")
+            return Image.open(file, formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        empty = file.seek(0, os.SEEK_END) == 0
+        raise BadImage(path, "is empty" if empty else "is not an image of a known format") from None
+    except Exception as e:
+        raise BadImage(path, f"cannot be decoded: {_line(e)}") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 … 8. TIFF is turned by Pillow; a PNG counts only what stands before the pixels."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # damaged EXIF; the pixels may be fine
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+def _decode_whole_jpeg(data: bytes) -> np.ndarray | None:
+    """OpenCV takes half of Pillow's time, but fills in what a truncated file lacks: only files with an end marker."""
+    if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        return None
+    try:
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        return cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+    except cv2.error:
+        return None
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):
+        deep = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return np.repeat(((deep + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    return np.array(image.convert("RGB"))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
