@@ -19,7 +19,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from detbb.distributed import from_rank0
 from detbb.files import write_atomically
 
 
@@ -49,7 +48,6 @@ class RunLog:
         self._live: Live | None = None
         self._speed = _Speed()
         self._total = 0
-        self._evaluations = _read_evaluations(metrics)
 
     def info(self, text: str) -> None:
         """A line (or a few) on the terminal and in log.txt."""
@@ -101,16 +99,10 @@ class RunLog:
         if not self._writes or not metrics:
             return
         self._record({"step": step, "split": split, "weights": weights}, metrics)
-        self._evaluations.append((step, weights, dict(metrics)))
         for name, image in (images or {}).items():
             pixels = image if isinstance(image, np.ndarray) else np.asarray(Image.open(image).convert("RGB"))
             self._tb.add_image(f"{name}/{weights}", pixels, step, dataformats="HWC")
         self._tb.flush()
-
-    def evaluations(self, step: int | None = None) -> list[tuple[str, dict[str, float]]]:
-        """(weights, metrics) of every evaluation recorded so far, or of those at `step`. Every rank calls it."""
-        own = self._evaluations if self._writes else []
-        return from_rank0([(weights, metrics) for at, weights, metrics in own if step in (None, at)])
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Text for TensorBoard alone, such as the freeze report."""
@@ -169,16 +161,6 @@ class _Speed:
     def __str__(self) -> str:
         step_s = max(self._step_s, 1e-9)
         return f"{self._images / step_s:.1f} images/s  waiting for data {self._data_s / step_s:.0%}"
-
-
-def _read_evaluations(path: Path) -> list[tuple[int, str, dict[str, float]]]:
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    head = ("step", "split", "weights")
-    return [
-        (line["step"], line["weights"], {k: v for k, v in line.items() if k not in head and v is not None})
-        for line in lines
-        if "weights" in line
-    ]
 
 
 def drop_later_steps(path: Path, step: int) -> None:

@@ -1,0 +1,106 @@
+"""What a run leaves in its folder to be read later."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from detbb.log import RunLog, read_evaluations, summary_table
+
+
+def lines_of(folder: Path) -> list[dict]:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_records_have_the_documented_form_and_are_whole_at_once(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.train(20, {"loss": 1.5, "objects/loss_cls": 1.0, "lr": 0.01, "data_s": 0.1, "step_s": 0.4})
+    log.evaluation(20, "ema", {"objects/bbox/AP": 37.9}, images={"objects": np.zeros((4, 5, 3), np.uint8)})
+    train, evaluation = lines_of(tmp_path)  # before close: each line is flushed
+    assert list(train) == ["step", "split", "loss", "objects/loss_cls", "lr", "data_s", "step_s"]
+    assert evaluation == {"step": 20, "split": "val", "weights": "ema", "objects/bbox/AP": 37.9}
+    log.text("freeze", "| a |", 0)
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [s.value for s in board.Scalars("val/ema/objects/bbox/AP")] == [pytest.approx(37.9)]
+    assert board.Tags()["images"] == ["objects/ema"] and board.Tags()["tensors"] == ["freeze/text_summary"]
+
+
+def test_log_txt_holds_what_the_terminal_showed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path)
+    log.info("loaded [brackets] and ünïcode 細胞")
+    for step in (1, 2):
+        log.progress(step, 10, losses={"loss": 3.0}, images=8, step_s=2.0, data_s=0.5)
+    log.train(2, {"loss": 3.25, "lr": 0.01, "step_s": 2.0})
+    log.table(summary_table({"objects/bbox/AP": 37.94})[0])
+    log.close()
+    text = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert text == capsys.readouterr().out
+    assert "loaded [brackets] and ünïcode 細胞" in text
+    assert "step 2/10  eta 0:00:16  4.0 images/s  waiting for data 25%" in text and "loss 3.25  lr 0.01" in text
+    assert "37.9" in text and "\x1b" not in text
+
+
+def test_resume_keeps_every_step_once(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    for step in (10, 20, 30, 40):
+        log.train(step, {"loss": step})
+        log.evaluation(step, "ema", {"objects/bbox/AP": step})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "split": "tr')  # killed while writing
+    log = RunLog(tmp_path, resume_step=20)
+    assert [line["step"] for line in read_evaluations(tmp_path / "metrics.jsonl")] == [10, 20]
+    for step in (30, 40):
+        log.train(step, {"loss": -step})
+    log.evaluation(30, "model", {"objects/bbox/AP": 3})
+    last = {"step": 30, "split": "val", "weights": "model", "objects/bbox/AP": 3}
+    assert read_evaluations(tmp_path / "metrics.jsonl")[2:] == [last]
+    log.close()
+    losses = [(line["step"], line["loss"]) for line in lines_of(tmp_path) if line["split"] == "train"]
+    assert losses == [(10, 10), (20, 20), (30, -30), (40, -40)]
+    board = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [(s.step, s.value) for s in board.Scalars("train/loss")] == losses
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.train(1, {"loss": float("nan"), "lr": float("inf")})
+    log.close()
+    assert lines_of(tmp_path) == [{"step": 1, "split": "train", "loss": None, "lr": None}]
+
+
+def test_an_evaluation_that_was_stopped_is_not_recorded(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.evaluation(1, "ema", {})
+    log.close()
+    assert lines_of(tmp_path) == []
+
+
+def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path / "run", rank=1)
+    log.info("hello")
+    log.train(1, {"loss": 1.0})
+    log.evaluation(1, "ema", {"a/b/c": 1.0})
+    log.progress(1, 2, losses={}, images=1, step_s=1.0, data_s=0.0)
+    log.text("tag", "text", 1)
+    log.close()
+    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+def test_summary_shows_each_branch_and_each_class() -> None:
+    metrics = {"objects/bbox/AP": 50.0, "objects/bbox/AP50": 80.04, "objects/bbox/AP-red-cell": 12.34}
+    metrics |= {"scene/sem/mIoU": 61.0, "scene/sem/IoU-sky/blue": 99.0}
+    console = Console(file=io.StringIO(), width=100)
+    for table in summary_table(metrics, title="step 9"):
+        console.print(table)
+    rows = [" ".join(line.replace("│", " ").split()) for line in console.file.getvalue().splitlines()]
+    assert "step 9 metrics" in rows and "objects/bbox 50.0 80.0" in rows and "scene/sem 61.0" in rows
+    assert "objects · red-cell 12.3" in rows and "scene · sky/blue 99.0" in rows
