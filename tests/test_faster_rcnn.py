@@ -91,15 +91,8 @@ def test_train_and_eval_mode_give_the_same_losses_and_detections_with_fixed_stat
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("make", [lambda: make_head(FasterRcnnHead), make_c4_head], ids=["fpn", "c4"])
-def test_a_batch_without_boxes_reaches_every_parameter(make):
-    head = make()
-    features = make_features(**C4_SPEC) if isinstance(head, FasterRcnnC4Head) else make_features()
-    losses = head.loss(head(features), make_batch(boxes=False))
-    gradients = torch.autograd.grad(sum(losses.values()), list(head.parameters()))
-    assert all(torch.isfinite(x).all() for x in [*losses.values(), *gradients])
-    if not isinstance(head, FasterRcnnC4Head):
-        assert_trains_without_boxes(head)
+def test_a_batch_without_boxes_reaches_every_parameter():
+    assert_trains_without_boxes(make_head(FasterRcnnHead))
 
 
 def test_bf16_autocast_and_fp64_keep_losses_precise():
@@ -181,17 +174,6 @@ def test_rois_are_read_at_the_levels_own_scale_however_small_the_images_are():
     torch.testing.assert_close(pooled[0, 0, 0], torch.tensor([3.0, 5.0, 7.0, 9.0]))
 
 
-def test_detections_stay_inside_the_image_and_are_sorted():
-    head = make_head(FasterRcnnHead, score_threshold=0.0, detections_per_image=50)
-    batch = make_batch()
-    for prediction, size in zip(head.decode(head(make_features()), batch.sizes), batch.sizes, strict=True):
-        height, width = size.hw
-        assert len(prediction.boxes) > 5
-        assert (prediction.boxes >= 0).all() and (prediction.boxes <= torch.tensor([width, height] * 2)).all()
-        assert (prediction.scores.diff() <= 0).all()
-        assert set(prediction.labels.tolist()) <= {0, 1, 2}
-
-
 def test_a_threshold_that_nothing_reaches_gives_empty_detections():
     head = make_head(FasterRcnnHead, score_threshold=1.0)
     batch = make_batch()
@@ -210,12 +192,3 @@ def test_a_threshold_that_nothing_reaches_gives_empty_detections():
 def test_levels_that_cannot_work_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         make_head(FasterRcnnHead, **arguments)
-
-
-def test_class_tensors_are_the_layers_whose_shape_follows_the_classes():
-    def shapes(classes):
-        head = make_head(FasterRcnnHead, spec=replace(make_spec(), classes=classes))
-        return {k: v.shape for k, v in head.state_dict().items()}, head.class_tensors()
-
-    (two, names), (three, _) = shapes(("a", "b")), shapes(("a", "b", "c"))
-    assert {k for k in two if two[k] != three[k]} == set(names)

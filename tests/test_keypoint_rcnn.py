@@ -62,6 +62,13 @@ def test_boxes_whose_keypoints_are_all_absent_train_only_the_box():
     assert all(torch.isfinite(g).all() for g in gradients)
 
 
+def test_hidden_keypoints_are_learned_too():
+    head, batch = make_keypoint_head(), make_batch()
+    for target in batch.targets:
+        target.keypoints[..., 2] = 1
+    assert head.loss(head(make_features()), batch)["loss_keypoint"] > 0
+
+
 def test_any_number_of_keypoints_each_with_a_score():
     head = make_keypoint_head(spec=replace(make_spec(), keypoints=("tip", "tail")))
     batch = make_batch()

@@ -14,7 +14,6 @@ from two_stage_support import (
     make_batch,
     make_features,
     make_head,
-    make_spec,
     torchvision_model,
 )
 
@@ -71,12 +70,3 @@ def test_a_mask_is_learned_where_it_lies_in_its_box():
     assert head.branch_loss({}, rois, [target])["loss_mask"] < 0.3
     logits = logits.roll(1, dims=1)
     assert head.branch_loss({}, rois, [target])["loss_mask"] > 2
-
-
-def test_class_tensors_are_the_layers_whose_shape_follows_the_classes():
-    def shapes(classes):
-        head = make_mask_head(spec=replace(make_spec(), classes=classes))
-        return {k: v.shape for k, v in head.state_dict().items()}, head.class_tensors()
-
-    (two, names), (three, _) = shapes(("a", "b")), shapes(("a", "b", "c"))
-    assert {k for k in two if two[k] != three[k]} == set(names)

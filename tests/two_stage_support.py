@@ -176,8 +176,9 @@ def assert_precisions(head: Any) -> None:
     features, batch = make_features(), make_batch()
     expected = head.loss(head(features), batch)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = head.loss(head(features), batch)
-        predictions = head.decode(head(features), batch.sizes)
+        output = head(features)
+        losses, predictions = head.loss(output, batch), head.decode(output, batch.sizes)
+    assert output.rpn.objectness.dtype == output.rpn.deltas.dtype == output.rpn.anchors.dtype == torch.float32
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
         # bf16 has 8 bits, and other proposals may be drawn
