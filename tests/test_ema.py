@@ -1,0 +1,126 @@
+"""The average is exact where it must be, right where it moves, and small."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from learning import bits_differ, copy_state, learn, make_learner, small_config, small_detector, switch
+
+from detbb.config import EmaConfig
+from detbb.ema import Ema, view
+
+STEM = ["backbone.stem", "backbone.layer1"]
+
+
+def test_the_average_equals_a_float64_loop_over_the_weights_of_each_step():
+    config = small_config()
+    config.ema = EmaConfig(0.97, 10)
+    learner = make_learner(config, small_detector(config), STEM)
+    wide = {n: learner.detector.state_dict()[n].double() for n in learner.ema.tensors}
+    for step in range(60):
+        learn(learner, 1, first=step)
+        d = 0.97 * (1 - math.exp(-(step + 1) / 10))
+        state = learner.detector.state_dict()
+        wide = {n: d * e + (1 - d) * state[n].double() for n, e in wide.items()}
+    assert any(n.endswith("running_mean") for n in wide) and not any(n.endswith("num_batches_tracked") for n in wide)
+    for name, e in wide.items():
+        error = (learner.ema.tensors[name].double() - e).norm() / e.norm().clamp(min=1e-12)
+        assert error <= 1e-6, (name, float(error))
+
+
+def test_ten_thousand_updates_leave_frozen_tensors_untouched_and_unstored():
+    detector = small_detector(small_config()).freeze(["backbone", "neck"])
+    before = copy_state(detector)
+    ema = Ema(EmaConfig(0.9999, 0))
+    ema.follow(detector)
+    for _ in range(10_000):
+        ema.update()
+    assert ema.updates == 10_000
+    averaged = view(detector, ema.tensors).state_dict()
+    frozen = {n for n in before if n.startswith(("backbone.", "neck."))}
+    assert not frozen & set(ema.tensors)
+    assert not bits_differ(before, averaged)  # the trained ones did not move either, so lerp must be exact on them
+    trained = sum(p.numel() for p in detector.parameters() if p.requires_grad)
+    assert sum(t.numel() for t in ema.tensors.values()) == trained
+
+
+def test_mutant_multiply_add_drifts_where_lerp_does_not():
+    weight = torch.randn(4096) * 0.05
+    lerped, drifting = weight.clone(), weight.clone()
+    for _ in range(1000):
+        torch._foreach_lerp_([lerped], [weight], 1 - 0.9999)
+        drifting = 0.9999 * drifting + (1 - 0.9999) * weight
+    assert torch.equal(lerped, weight)
+    assert (drifting != weight).float().mean() > 0.1
+
+
+def test_newly_frozen_takes_the_live_value_and_newly_trained_starts_from_its_own():
+    config = small_config()
+    config.ema = EmaConfig(0.99, 0)
+    learner = make_learner(config, small_detector(config), STEM)
+    learn(learner, 5)
+    live = copy_state(learner.detector)
+    assert not torch.equal(learner.ema.tensors["neck.inner.layer2.0.weight"], live["neck.inner.layer2.0.weight"])
+    switch(learner, config, ["neck"])
+    assert learner.ema.updates == 5
+    averaged = learner.ema.view(learner.detector).state_dict()
+    assert all(torch.equal(averaged[n], live[n]) for n in live if n.startswith("neck."))
+    assert torch.equal(learner.ema.tensors["backbone.conv1.weight"], live["backbone.conv1.weight"])
+    learn(learner, 1, first=5)
+    assert learner.ema.updates == 6
+    assert not torch.equal(learner.ema.tensors["backbone.conv1.weight"], learner.detector.backbone.conv1.weight)
+
+
+def test_a_skipped_step_is_not_an_update(tmp_path):
+    config = small_config()
+    config.train.on_nonfinite = "skip"
+    config.ema = EmaConfig(0.9, 0)
+    learner = make_learner(config, small_detector(config), [])
+    learn(learner, 1)
+    before, averaged = copy_state(learner.detector), {n: t.clone() for n, t in learner.ema.tensors.items()}
+    weight = learner.detector.heads["objects"].loss
+    learner.detector.heads["objects"].loss = lambda *a: {k: v * float("nan") for k, v in weight(*a).items()}
+    learn(learner, 1, first=1, folder=tmp_path)
+    assert learner.ema.updates == 1 and not bits_differ(before, copy_state(learner.detector))
+    assert not bits_differ(averaged, learner.ema.tensors)
+
+
+def test_averages_are_kept_in_fp32_at_least():
+    detector = small_detector(small_config()).to(torch.bfloat16)
+    ema = Ema(EmaConfig(0.999, 0))
+    ema.follow(detector.freeze([]))
+    assert {t.dtype for t in ema.tensors.values()} == {torch.float32}
+
+
+def test_a_view_shares_all_memory_but_the_averages():
+    detector = small_detector(small_config())
+    seen = view(detector)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(detector.parameters(), seen.parameters(), strict=True))
+    assert detector.training and not any(m.training for m in seen.modules())
+    assert all(p.requires_grad for p in detector.parameters()) and not any(p.requires_grad for p in seen.parameters())
+
+
+@pytest.mark.parametrize("warmup", [0, 100])
+def test_the_decay_rises_to_its_value(warmup):
+    ema = Ema(EmaConfig(0.999, warmup))
+    decays = [ema.decay(u) for u in range(1, 2000)]
+    assert decays == sorted(decays) and decays[-1] == pytest.approx(0.999, abs=1e-6)
+    assert (decays[0] == 0.999) is (warmup == 0)
+
+
+def test_saved_and_loaded_the_average_goes_on_to_the_bit():
+    config = small_config()
+    config.ema = EmaConfig(0.95, 7)
+    whole = make_learner(config, small_detector(config), STEM)
+    learn(whole, 6)
+    half = make_learner(config, small_detector(config), STEM)
+    learn(half, 3)
+    state = half.ema.state_dict()
+    again = Ema(config.ema)
+    again.load_state_dict(state)
+    again.follow(half.detector)
+    half.ema = again
+    learn(half, 3, first=3)
+    assert not bits_differ(whole.ema.tensors, half.ema.tensors) and whole.ema.updates == half.ema.updates

@@ -1,0 +1,313 @@
+"""What is frozen keeps every bit, what is not moves, and each classic mistake is caught."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from learning import bits_differ, copy_state, learn, made_batch, make_learner, small_config, small_detector, switch
+from processes import run_ranks
+from torch import nn
+
+from detbb import freeze, optim
+from detbb.config import EmaConfig
+from detbb.ema import view
+from detbb.errors import UserError
+
+STEM = ["backbone.stem", "backbone.layer1"]
+ALL_SHARED = ["backbone", "neck"]
+
+
+def expected_frozen(detector, names):
+    """Independent of freeze.frozen_names: by prefix of the state-dict key."""
+    prefixes = []
+    for name in names:
+        prefixes += ["backbone.conv1.", "backbone.bn1."] if name == "backbone.stem" else [name + "."]
+    return {key for key in detector.state_dict() if key.startswith(tuple(prefixes))}
+
+
+@pytest.mark.parametrize(("arch", "tensors", "parameters"), [("resnet18", 15, 157_504), ("resnet50", 33, 225_344)])
+def test_stem_and_layer1_are_exactly_these_parameters(arch, tensors, parameters):
+    detector = small_detector(small_config(arch)).freeze(STEM)
+    frozen = {n: p for n, p in detector.named_parameters() if not p.requires_grad}
+    assert set(frozen) == {n for n in expected_frozen(detector, STEM) if n in dict(detector.named_parameters())}
+    assert (len(frozen), sum(p.numel() for p in frozen.values())) == (tensors, parameters)
+    assert set(freeze.frozen_names(detector)) == expected_frozen(detector, STEM)
+
+
+CASES = [
+    # arch, frozen, optimizer, precision, ema decay, accumulate, clip, evaluation
+    ("resnet18", STEM, "sgd", "fp32", 0.9999, 1, None, False),
+    ("resnet18", ALL_SHARED, "sgd", "fp32", 0.9, 2, 1.0, True),
+    ("resnet18", STEM, "adamw", "bf16", 0.9, 1, 1.0, True),
+    ("resnet18", ALL_SHARED, "adamw", "fp32", 0.9999, 1, None, True),
+    ("resnet18", STEM, "adamw", "fp32", 0.9, 2, None, True),
+    ("resnet18", ALL_SHARED, "sgd", "bf16", 0.9999, 1, 1.0, False),
+    ("resnet50", STEM, "adamw", "fp32", 0.9999, 1, 1.0, False),
+    ("resnet50", ALL_SHARED, "sgd", "fp32", 0.9, 1, None, False),
+]
+
+
+@pytest.mark.parametrize(("arch", "frozen", "kind", "precision", "decay", "accumulate", "clip", "evaluate"), CASES)
+def test_frozen_is_bit_exact_after_50_steps_and_the_rest_all_moved(
+    arch, frozen, kind, precision, decay, accumulate, clip, evaluate
+):
+    config = small_config(arch)
+    config.optimizer.type, config.optimizer.weight_decay, config.optimizer.norm_weight_decay = kind, 0.1, 0.1
+    config.train.precision, config.train.accumulate, config.train.grad_clip = precision, accumulate, clip
+    config.ema = EmaConfig(decay, 0)
+    detector = small_detector(config)
+    before = copy_state(detector)
+    learner = make_learner(config, detector, frozen)
+    for step in range(0, 50, 2):
+        learn(learner, 2, first=step, lr=1e-3)
+        if evaluate:
+            batch = made_batch(0)
+            learner.ema.view(detector).predict(batch.images, batch.sizes)
+            view(detector).predict(batch.images, batch.sizes)
+    after = copy_state(detector)
+    assert bits_differ(before, after) == set(before) - expected_frozen(detector, frozen)
+    assert not set(learner.ema.tensors) & expected_frozen(detector, frozen)
+    optimized = {name for group in learner.optimizer.param_groups for name in group["names"]}
+    assert optimized == {n for n, p in detector.named_parameters()} - expected_frozen(detector, frozen)
+    assert set(optim.state_by_name(learner.optimizer)) <= optimized
+
+
+def _two_ranks():
+    changed, finals = {}, {}
+    for frozen in (STEM, ALL_SHARED):
+        config = small_config()
+        config.optimizer.weight_decay = 0.1
+        config.ema = EmaConfig(0.9, 0)
+        detector = small_detector(config)
+        before = copy_state(detector)
+        learner = make_learner(config, detector, frozen)
+        learn(learner, 50, lr=1e-3)
+        changed[str(frozen)] = bits_differ(before, copy_state(detector))
+        finals[str(frozen)] = freeze.digests(detector.state_dict(), detector.state_dict())
+    return changed, finals
+
+
+def test_two_processes_keep_what_is_frozen_and_stay_equal_to_the_bit():
+    (changed0, final0), (changed1, final1) = run_ranks(_two_ranks, 2)
+    detector = small_detector(small_config())
+    for frozen in (STEM, ALL_SHARED):
+        assert changed0[str(frozen)] == set(detector.state_dict()) - expected_frozen(detector, frozen)
+        assert changed1 == changed0
+    assert final0 == final1
+
+
+def test_train_output_of_a_frozen_stage_is_its_eval_output_to_the_bit():
+    detector = small_detector(small_config()).freeze(ALL_SHARED)
+    batch = made_batch(0)
+    trained = detector.train().features(batch.images, batch.sizes)
+    evaluated = detector.eval().features(batch.images, batch.sizes)
+    assert all(torch.equal(trained[level], evaluated[level]) for level in evaluated)
+
+
+def test_evaluation_changes_nothing_of_the_run():
+    finals = []
+    for evaluate in (False, True):
+        config = small_config()
+        config.ema = EmaConfig(0.9, 0)
+        learner = make_learner(config, small_detector(config), STEM)
+        torch.manual_seed(3)
+        for step in range(6):
+            learn(learner, 1, first=step)
+            if evaluate:
+                random = torch.get_rng_state()
+                batch = made_batch(99)
+                learner.ema.view(learner.detector).predict(batch.images, batch.sizes)
+                assert torch.equal(random, torch.get_rng_state())
+                assert learner.detector.training and not learner.detector.backbone.bn1.training
+        finals.append((copy_state(learner.detector), learner.ema.tensors))
+    assert not bits_differ(finals[0][0], finals[1][0])
+    assert not bits_differ(finals[0][1], finals[1][1])
+
+
+def test_nothing_is_replaced_and_freezing_is_reversible():
+    detector = small_detector(small_config())
+    modules = {n: id(m) for n, m in detector.named_modules()}
+    tensors = {n: id(p) for n, p in detector.named_parameters()}
+    keys = list(detector.state_dict())
+    detector.train().freeze(ALL_SHARED)
+    assert modules == {n: id(m) for n, m in detector.named_modules()}
+    assert tensors == {n: id(p) for n, p in detector.named_parameters()} and keys == list(detector.state_dict())
+    for again in (detector, copy.deepcopy(detector)):
+        assert not again.backbone.training and again.train().backbone.layer2[0].bn1.training is False
+    detector.freeze([])
+    assert all(p.requires_grad for p in detector.parameters()) and all(m.training for m in detector.modules())
+
+
+class Odd(nn.Module):
+    """A bare parameter, an instance norm with statistics, group norm, dropout, and a constant of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.3]))
+        self.fixed = nn.Parameter(torch.tensor([0.7]), requires_grad=False)
+        self.instance = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+        self.group = nn.GroupNorm(2, 4)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(self.group(self.instance(x))) * self.scale * self.fixed
+
+
+def test_bare_parameters_instance_norm_dropout_and_constants_rest_too():
+    detector = small_detector(small_config())
+    detector.heads["objects"].odd = Odd()
+    detector.constant = frozenset({"heads.objects.odd.fixed"})
+    odd = detector.heads["objects"].odd
+    detector.freeze(["heads.objects.odd"]).train()
+    state = copy_state(detector)
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(odd(x), odd(x))
+    assert not bits_differ(state, copy_state(detector))
+    assert not any(p.requires_grad for p in odd.parameters())
+    assert "heads.objects.odd.instance.running_mean" in freeze.frozen_names(detector)
+    detector.freeze([])
+    assert odd.scale.requires_grad and not odd.fixed.requires_grad
+    odd(x)
+    assert "heads.objects.odd.instance.running_mean" in bits_differ(state, copy_state(detector))
+
+
+@pytest.mark.parametrize("part", ["backbone", "neck", "heads.objects"])
+@pytest.mark.parametrize(("statistics", "affine"), [(True, True), (True, False), (False, True), (False, False)])
+def test_the_two_norm_switches_are_independent(part, statistics, affine):
+    """norm_eval fixes statistics, norm_affine: false fixes weight and bias; Table 6 of arXiv:1906.07155."""
+    config = small_config(norm="bn")
+    config.neck.norm = "bn"
+    chosen = {"backbone": config.backbone, "neck": config.neck, "heads.objects": config.heads["objects"]}[part]
+    chosen.norm_eval, chosen.norm_affine = statistics, affine
+    learner = make_learner(config, small_detector(config), [])
+    before = copy_state(learner.detector)
+    learn(learner, 3, lr=0.3, boxes=6)
+    moved = bits_differ(before, copy_state(learner.detector))
+    norms = {n for n, _ in freeze.norm_modules(learner.detector.get_submodule(part))}
+    assert norms
+    for name in norms:
+        assert (f"{part}.{name}.running_mean" in moved) is not statistics
+        assert (f"{part}.{name}.weight" in moved) is affine
+    expected = set(before) - set(freeze.frozen_names(learner.detector))
+    assert any(f"{part}.{name}.weight" in moved for name in norms) is affine
+    assert moved <= expected  # random norms elsewhere may meet gradients below half a last place
+
+
+def test_an_unknown_name_lists_the_valid_ones():
+    detector = small_detector(small_config())
+    with pytest.raises(UserError, match=r"'backbone.layer5' is not a submodule; valid are backbone, backbone.stem.*layer"):
+        detector.freeze(["backbone.layer5"])
+
+
+def test_a_switch_that_changes_nothing_equals_no_switch_to_the_bit():
+    finals = []
+    for switches in (False, True):
+        config = small_config()
+        config.optimizer.type = "adamw"
+        config.ema = EmaConfig(0.9, 5)
+        learner = make_learner(config, small_detector(config), STEM)
+        learn(learner, 4)
+        if switches:
+            switch(learner, config, STEM)
+        learn(learner, 4, first=4)
+        finals.append((copy_state(learner.detector), learner.ema.tensors, learner.ema.updates))
+    assert not bits_differ(finals[0][0], finals[1][0])
+    assert not bits_differ(finals[0][1], finals[1][1]) and finals[0][2] == finals[1][2]
+
+
+def test_momentum_is_kept_by_name_through_a_real_switch():
+    config = small_config()
+    learner = make_learner(config, small_detector(config), ALL_SHARED)
+    learn(learner, 3)
+    kept = {n: s["momentum_buffer"].clone() for n, s in optim.state_by_name(learner.optimizer).items()}
+    switch(learner, config, STEM)
+    now = optim.state_by_name(learner.optimizer)
+    assert kept and all(torch.equal(now[n]["momentum_buffer"], kept[n]) for n in kept)
+    newly = set(now) - set(kept)
+    assert "backbone.layer2.0.conv1.weight" in newly and not any(now[n]["momentum_buffer"].any() for n in newly)
+
+
+# The mutants: each is what another trainer does, and the check that guards against it must see it.
+
+
+def changed_after(plant, *, frozen=ALL_SHARED, steps=3):
+    config = small_config()
+    config.optimizer.weight_decay = 0.1
+    learner = make_learner(config, small_detector(config), [])
+    learn(learner, 2)  # momentum and gradients are there when freezing comes
+    switch(learner, config, frozen)
+    known = freeze.digests(learner.detector.state_dict(), expected_frozen(learner.detector, frozen))
+    plant(learner, config)
+    learn(learner, steps, first=2)
+    return learner.detector, freeze.changed(learner.detector, known)
+
+
+def test_without_a_mutant_nothing_changes():
+    assert changed_after(lambda learner, config: None)[1] == []
+
+
+def test_mutant_bn_train_is_caught_and_named():
+    detector, changed = changed_after(lambda learner, _: learner.detector.backbone.layer2[0].bn1.train())
+    assert {n.rpartition(".")[0] for n in changed} == {"backbone.layer2.0.bn1"}
+    assert "backbone.layer2.0.bn1 is in train mode" in freeze.explain(detector, changed)
+
+
+def test_mutant_eval_once_at_the_start_is_caught(monkeypatch):
+    def plant(learner, _):
+        monkeypatch.setattr(freeze, "pin", lambda detector: None)
+        learner.detector.backbone.eval()
+        learner.detector.train()  # as every loop does after an evaluation
+
+    changed = changed_after(plant)[1]
+    assert changed and all(n.endswith(("running_mean", "running_var", "num_batches_tracked")) for n in changed)
+
+
+def test_mutant_decay_on_all_parameters_is_caught():
+    def plant(learner, config):
+        everything = list(learner.detector.parameters())
+        for parameter in everything:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.optim.AdamW(everything, lr=1e-3, weight_decay=0.1).step()
+
+    assert len(changed_after(plant)[1]) > 20
+
+
+def test_mutant_zeroed_gradients_are_caught():
+    """A gradient of zero instead of None: momentum and decay still move what was frozen."""
+
+    def plant(learner, config):
+        optimizer = torch.optim.SGD(learner.detector.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
+        for parameter in learner.detector.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+
+    assert len(changed_after(plant)[1]) > 20
+
+
+def test_a_gradient_from_before_the_freeze_is_dropped():
+    detector = small_detector(small_config())
+    for parameter in detector.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    detector.freeze(ALL_SHARED)
+    assert all((p.grad is None) is (not p.requires_grad) for p in detector.parameters())
+
+
+def _unfreeze(rewrap):
+    config = small_config()
+    learner = make_learner(config, small_detector(config), STEM)
+    learn(learner, 2)
+    model = learner.model
+    switch(learner, config, [])
+    if not rewrap:
+        learner.model = model
+    learn(learner, 2, first=2)
+    return freeze.digests(learner.detector.state_dict(), learner.detector.state_dict())
+
+
+@pytest.mark.parametrize("rewrap", [True, False])
+def test_ranks_stay_equal_after_unfreezing_only_if_ddp_is_made_anew(rewrap):
+    first, second = run_ranks(_unfreeze, 2, rewrap)
+    assert (first == second) is rewrap
