@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from detbb.config import Config
-from detbb.data.batch import Batch
 from detbb.errors import UserError
 
 
@@ -107,18 +106,6 @@ def mean(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values /= world_size()
     return values
-
-
-def pad_alike(batch: Batch) -> Batch:
-    """Pad to the largest height and width of all ranks: what a network computes near a border depends on the padding."""
-    if not is_distributed():
-        return batch
-    height, width = batch.images.shape[-2:]
-    largest = maximum(torch.tensor([height, width], device=batch.images.device))
-    below, right = int(largest[0]) - height, int(largest[1]) - width
-    if below or right:
-        batch.images = nn.functional.pad(batch.images, (0, right, 0, below))
-    return batch
 
 
 def wrap(detector: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ class RunLog:
         metrics = output_dir / "metrics.jsonl"
         if resume_step is not None and metrics.exists():
             drop_later_steps(metrics, resume_step)
-        self._console = Console()
+        self._console = Console() if sys.stdout.isatty() else Console(width=140)
         self._text = (output_dir / "log.txt").open("a", encoding="utf-8")
         self._plain = Console(file=self._text, width=140, no_color=True, force_terminal=False)
         self._metrics = metrics.open("a", encoding="utf-8")
@@ -196,6 +197,17 @@ def summary_table(metrics: Mapping[str, float], *, title: str = "") -> list[Tabl
             whole.setdefault(f"{head}/{kind}", {})[metric] = value
     tables = ((whole, "metrics", "branch"), (classes, "by class", "class"))
     return [_rows(rows, title=f"{title} {what}".strip(), first=first) for rows, what, first in tables if rows]
+
+
+def print_summary(metrics: Mapping[str, float], *, output_dir: Path | None = None) -> None:
+    """The summary tables on the terminal of the first process, and where the files are."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    for table in summary_table(metrics):
+        console.print(table)
+    if output_dir is not None:
+        console.print(f"files: {output_dir}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _rows(rows: dict[str, dict[str, float]], *, title: str, first: str) -> Table:

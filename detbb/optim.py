@@ -68,7 +68,11 @@ def build_optimizer(detector: Detector, config: OptimizerConfig, *, fused: bool 
             group["params"].append(parameter)
             group["names"].append(name)
     if config.type == "sgd":
-        return torch.optim.SGD(list(groups.values()), lr=config.lr, momentum=config.momentum, fused=fused)
+        sgd = torch.optim.SGD(list(groups.values()), lr=config.lr, momentum=config.momentum, fused=fused)
+        if config.momentum:
+            # The first step makes the buffer equal the gradient, as from zeros; the fused kernel wants all or none of them.
+            sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for g in sgd.param_groups for p in g["params"]})
+        return sgd
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=betas, fused=fused)
 

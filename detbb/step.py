@@ -15,7 +15,7 @@ from detbb import freeze, optim
 from detbb.config import TrainConfig
 from detbb.data.batch import Batch
 from detbb.detector import Detector
-from detbb.distributed import all_gather_objects, maximum, mean, pad_alike, rank
+from detbb.distributed import all_gather_objects, maximum, mean, rank
 from detbb.ema import Ema
 from detbb.files import save_tensors
 from detbb.norm import average_statistics
@@ -76,7 +76,7 @@ def train_step(learner: Learner, batches: list[Batch], *, lr: float, stop: int, 
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
-        batch = pad_alike(batch.to(learner.device))
+        batch = batch.to(learner.device)
         with _reduced_once(learner.model, last=index == len(batches) - 1):
             with torch.autocast(learner.device.type, *_autocast(learner.config)):
                 losses = learner.model(batch)

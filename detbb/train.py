@@ -296,7 +296,7 @@ def evaluate_now(run: Run) -> None:
         seen = run.learner.ema.view(detector) if weights == "ema" and run.learner.ema else view(detector)
         output = folder if weights == kinds[0] else folder.with_name(f"{folder.name}_{weights}")
         metrics = evaluate_detector(
-            seen, heads, config, output_dir=output, weights=weights, stop=lambda: run.stop.received
+            seen, heads, config=config, output_dir=output, weights=weights, stop=lambda: run.stop.received
         )
         if weights == kinds[0]:
             run.metrics = metrics
