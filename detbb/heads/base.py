@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detbb.config import BackboneConfig
 from detbb.data.annotations import Annotations
 from detbb.data.batch import Batch, ImageSize
+from detbb.errors import UserError
+from detbb.predictions import Predictions as Predictions
 
 HeadOutput = Any  # what `forward` hands to `loss` and `decode`; each head says what it is
 
@@ -42,35 +44,21 @@ class HeadSpec:
     backbone: BackboneConfig  # heads that hold backbone stages (C4) follow its arch and norm
     keypoints: tuple[str, ...] = ()
 
+    def pick(self, levels: Iterable[str]) -> tuple[str, ...]:
+        """The named levels, finest first. Raises UserError for none, an unknown one or one named twice."""
+        picked = list(levels)
+        unknown = [level for level in picked if level not in self.channels]
+        if unknown or not picked or len(set(picked)) < len(picked):
+            wrong = f"unknown {unknown[0]!r}" if unknown else f"{picked}"
+            raise UserError(f"heads.{self.name}.levels: {wrong}; valid are, each once: {', '.join(self.channels)}")
+        return tuple(sorted(picked, key=lambda level: self.strides[level]))
 
-@dataclass
-class Predictions:
-    """What a branch says about one image. Fields that a branch does not use stay None.
-
-    Straight from `decode`, boxes, masks and keypoints are in pixels of the resized image; `to_original` maps them back.
-    """
-
-    boxes: Tensor | None = None  # (n, 4) float32 xyxy
-    scores: Tensor | None = None  # (n,) float32 in [0, 1], descending
-    labels: Tensor | None = None  # (n,) int64 in [0, C)
-    masks: Tensor | None = None  # (n, 28, 28) float32: mask probability inside each box
-    keypoints: Tensor | None = None  # (n, K, 3) float32: x, y, score
-    semantic: Tensor | None = None  # (C, h, w) float32 logits; after to_original (h, w) uint8 labels
-    probabilities: Tensor | None = None  # (C,) float32 in [0, 1]
-
-    def to_original(self, size: ImageSize) -> Predictions:
-        """The same in pixels of the image on disk."""
-        scale_y = size.original_hw[0] / size.hw[0]
-        scale_x = size.original_hw[1] / size.hw[1]
-        boxes, keypoints, semantic = self.boxes, self.keypoints, self.semantic
-        if boxes is not None:
-            boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
-        if keypoints is not None:
-            keypoints = keypoints * keypoints.new_tensor([scale_x, scale_y, 1.0])
-        if semantic is not None:
-            resized = F.interpolate(semantic[None], size=size.original_hw, mode="bilinear", align_corners=False)
-            semantic = resized[0].argmax(0).byte()
-        return Predictions(boxes, self.scores, self.labels, self.masks, keypoints, semantic, self.probabilities)
+    def width(self, levels: Iterable[str]) -> int:
+        """The number of channels that all of these levels have. Raises UserError when they differ."""
+        widths = {level: self.channels[level] for level in levels}
+        if len(set(widths.values())) > 1:
+            raise UserError(f"heads.{self.name}.levels: channels differ ({widths}); valid: FPN levels, or one level")
+        return next(iter(widths.values()))
 
 
 class Evaluator(Protocol):
@@ -107,7 +95,7 @@ class Head(nn.Module):
 
     Config: ClassVar[type[HeadConfig]] = HeadConfig
     needs: ClassVar[Literal["boxes", "masks", "keypoints", "semantic", "labels"]]
-    main_metric: ClassVar[str]  # of its evaluator, such as "bbox/AP": what best.pt follows by default
+    main_metric: str  # of its evaluator, such as "bbox/AP": what best.pt follows by default
 
     def __init__(self, config: HeadConfig, spec: HeadSpec) -> None:
         super().__init__()
@@ -133,10 +121,12 @@ class Head(nn.Module):
     def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
         raise NotImplementedError
 
+    def check_data(self, annotations: Annotations) -> None:
+        """Raise UserError if this head cannot learn from a split, beyond `needs`; called before step 0."""
+
     def class_tensors(self) -> tuple[str, ...]:
         """State-dict names (below the head) of the last layer: what starts fresh when the number of classes changes."""
         raise NotImplementedError
 
     def load_backbone_weights(self, state: dict[str, Tensor]) -> None:
         """Take what this head shares with an image-classification backbone (torchvision's keys); most heads: nothing."""
-

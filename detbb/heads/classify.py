@@ -1,0 +1,111 @@
+"""Image classification: which class, or which classes, an image shows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detbb.data.annotations import Annotations
+from detbb.data.batch import Batch, ImageSize
+from detbb.distributed import shared_count
+from detbb.errors import UserError
+from detbb.evaluators import ClassificationEvaluator
+from detbb.heads.base import Evaluator, Head, HeadConfig, HeadSpec, Predictions
+from detbb.heads.dense import precise
+
+
+@dataclass
+class ClassifyConfig(HeadConfig):
+    """A linear classifier on averaged features."""
+
+    levels: list[str] = field(default_factory=lambda: ["p5"])
+    """Feature levels (`layer4` with `neck: {type: none}`); of several, the logits are summed."""
+    multi_label: bool = False
+    """`false`: each image shows exactly one class (softmax); `true`: any number of them (sigmoids)."""
+    dropout: float = 0.0
+    """Share of feature channels that are zeroed in training."""
+
+
+class ClassifyHead(Head):
+    """Linear logits of the features' mean over the image's own area, so that padding does not matter.
+
+    The mean is taken after the linear layer, where it gives the same, because only then the image sizes are known.
+    """
+
+    Config = ClassifyConfig
+    needs = "labels"
+    main_metric = "cls/accuracy"  # multi_label: cls/mAP
+
+    def __init__(self, config: ClassifyConfig, spec: HeadSpec) -> None:
+        super().__init__(config, spec)
+        self.multi_label = config.multi_label
+        if self.multi_label:
+            self.main_metric = "cls/mAP"
+        if not 0 <= config.dropout < 1:
+            raise UserError(f"heads.{spec.name}.dropout: {config.dropout}; valid are 0 … 1, without 1")
+        self.picked_levels = spec.pick(config.levels)
+        self.dropout = nn.Dropout2d(config.dropout)
+        self.classifier = nn.ModuleDict(
+            {level: nn.Conv2d(spec.channels[level], len(spec.classes), kernel_size=1) for level in self.picked_levels}
+        )
+
+    @classmethod
+    def levels(cls, config: ClassifyConfig) -> tuple[str, ...]:
+        return tuple(config.levels)
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Logits of every cell, by level: (B, C, H / stride, W / stride)."""
+        return {level: linear(self.dropout(features[level])) for level, linear in self.classifier.items()}
+
+    def logits(self, output: dict[str, Tensor], sizes: list[ImageSize]) -> Tensor:
+        """Logits (B, C): the mean over the cells that lie in each image."""
+        rows = []
+        for i, size in enumerate(sizes):
+            means = []
+            for level, cells in output.items():
+                height, width = (math.ceil(side / self.spec.strides[level]) for side in size.hw)
+                means.append(precise(cells[i, :, :height, :width]).mean((1, 2)))
+            rows.append(torch.stack(means).sum(0))
+        return torch.stack(rows)
+
+    def loss(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Mean over the images of all ranks; an image that a crop left without its one class does not count."""
+        logits = self.logits(output, batch.sizes)
+        present = torch.stack([target.image_labels for target in batch.targets])
+        if self.multi_label:
+            losses = F.binary_cross_entropy_with_logits(logits, present.to(logits.dtype), reduction="none").mean(1)
+            counts = torch.ones_like(losses)
+        else:
+            losses = F.cross_entropy(logits, present.long().argmax(1), reduction="none")
+            counts = (present.sum(1) == 1).to(losses.dtype)
+        return {"loss_cls": (losses * counts).sum() / shared_count(counts.sum())}
+
+    def decode(self, output: dict[str, Tensor], sizes: list[ImageSize]) -> list[Predictions]:
+        logits = self.logits(output, sizes)
+        probabilities = logits.sigmoid() if self.multi_label else logits.softmax(1)
+        return [Predictions(probabilities=row.float()) for row in probabilities]
+
+    def check_data(self, annotations: Annotations) -> None:
+        """Raise UserError if an image does not show exactly one class and `multi_label` is off."""
+        if self.multi_label:
+            return
+        image = np.repeat(np.arange(len(annotations)), np.diff(annotations.first))
+        pairs = np.unique(np.stack([image, annotations.labels]), axis=1)
+        counts = np.bincount(pairs[0], minlength=len(annotations))
+        if (counts != 1).any():
+            wrong = int((counts != 1).argmax())
+            raise UserError(
+                f"heads.{self.spec.name}.multi_label: false, but image {annotations.image_ids[wrong]} of "
+                f"{annotations.root} shows {counts[wrong]} classes; valid is exactly one"
+            )
+
+    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
+        return ClassificationEvaluator(annotations, multi_label=self.multi_label)
+
+    def class_tensors(self) -> tuple[str, ...]:
+        return tuple(f"classifier.{level}.{kind}" for level in self.picked_levels for kind in ("weight", "bias"))

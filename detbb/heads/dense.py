@@ -1,0 +1,213 @@
+"""What heads share that predict boxes at every cell of several levels (FCOS, RetinaNet).
+
+Numerically this is torchvision's FCOS and RetinaNet, written over the whole batch and without waiting for the device.
+Shapes: B images, N anchors over all levels, C classes, M boxes of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import batched_nms, clip_boxes_to_image
+
+from detbb.config import Norm
+from detbb.data.annotations import Annotations
+from detbb.data.batch import Batch, ImageSize
+from detbb.errors import UserError
+from detbb.evaluators import CocoEvaluator
+from detbb.heads.base import Evaluator, Head, HeadConfig, HeadSpec, Predictions
+from detbb.norm import norm_layer
+
+
+@dataclass
+class DenseConfig(HeadConfig):
+    """The keys of heads that predict boxes at every cell."""
+
+    levels: list[str] = field(default_factory=lambda: ["p3", "p4", "p5", "p6", "p7"])
+    """Feature levels, all with the same number of channels."""
+    num_convs: int = 4
+    """3×3 convolutions in the classification tower and in the box tower."""
+    norm: Norm | None = None
+    """The norm after each of them; `null`: none."""
+    norm_eval: bool = False
+    """`true`: running statistics stay fixed in this head."""
+    norm_affine: bool = True
+    """`false`: norm weight and bias are not trained in this head."""
+    prior_probability: float = 0.01
+    """Score of every class that the fresh head starts with (focal loss, section 4.1)."""
+    focal_alpha: float = 0.25
+    """Focal loss: weight of positives, in [0, 1]; negatives have 1 - alpha."""
+    focal_gamma: float = 2.0
+    """Focal loss: how strongly well-classified anchors are weighed down."""
+    score_threshold: float = 0.05
+    """Least score that enters NMS, in evaluation too."""
+    nms_threshold: float = 0.5
+    """IoU above which NMS drops the lower-scored of two boxes of one class."""
+    topk_candidates: int = 1000
+    """How many best (cell, class) pairs of each level enter NMS."""
+    detections_per_image: int = 100
+    """How many detections are kept after NMS."""
+
+
+class Grid(NamedTuple):
+    """The cells of one level; cell (row, column) is at pixel (row * stride_y, column * stride_x)."""
+
+    height: int
+    width: int
+    stride_y: int  # padded image height // height, as in torchvision: not the nominal stride when that does not divide
+    stride_x: int
+    nominal_stride: int
+
+
+class DenseOutput(NamedTuple):
+    """What a dense head's `forward` returns; anchors in the order level, row, column, anchor shape."""
+
+    logits: Tensor  # (B, N, C)
+    deltas: Tensor  # (B, N, 4)
+    centerness: Tensor | None  # (B, N) logits
+    grids: tuple[Grid, ...]
+
+
+class DenseHead(Head):
+    """Anchors, scores and NMS. Subclasses build the towers and `anchor_generator`, and define `loss` and `boxes`."""
+
+    needs = "boxes"
+    main_metric = "bbox/AP"
+    config: DenseConfig
+    anchor_generator: AnchorGenerator
+
+    def __init__(self, config: DenseConfig, spec: HeadSpec) -> None:
+        super().__init__(config, spec)
+        self.config = config
+        self.picked_levels = spec.pick(config.levels)
+        self.in_channels = spec.width(self.picked_levels)
+        self.num_classes = len(spec.classes)
+        for key in ("prior_probability", "focal_alpha", "score_threshold", "nms_threshold"):
+            if not 0 <= (value := getattr(config, key)) <= 1:
+                raise UserError(f"heads.{spec.name}.{key}: {value}; valid are 0 … 1")
+
+    @classmethod
+    def levels(cls, config: DenseConfig) -> tuple[str, ...]:
+        return tuple(config.levels)
+
+    def boxes(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        """The predicted boxes (n, 4) of n anchors."""
+        raise NotImplementedError
+
+    def grids(self, features: list[Tensor]) -> tuple[Grid, ...]:
+        strides = [self.spec.strides[level] for level in self.picked_levels]
+        height, width = (int(side) * strides[0] for side in features[0].shape[-2:])
+        return tuple(
+            Grid(h, w, height // h, width // w, stride)
+            for (h, w), stride in zip((f.shape[-2:] for f in features), strides, strict=True)
+        )
+
+    def anchors(self, output: DenseOutput) -> Tensor:
+        """(N, 4) xyxy, the same for every image."""
+        logits = precise(output.logits)
+        self.anchor_generator.set_cell_anchors(logits.dtype, logits.device)
+        cells = [[g.height, g.width] for g in output.grids]
+        strides = [[g.stride_y, g.stride_x] for g in output.grids]
+        return torch.cat(self.anchor_generator.grid_anchors(cells, strides))  # type: ignore[arg-type]
+
+    def decode(self, output: DenseOutput, sizes: list[ImageSize]) -> list[Predictions]:
+        scores = precise(output.logits).sigmoid()
+        if output.centerness is not None:
+            scores = (scores * precise(output.centerness).sigmoid()[..., None]).sqrt()
+        anchors, deltas = self.anchors(output), precise(output.deltas)
+        shapes = self.anchor_generator.num_anchors_per_location()
+        counts = [g.height * g.width * n for g, n in zip(output.grids, shapes, strict=True)]
+        picked_scores, picked = [], []  # (B, k) of each level; picked counts (anchor, class) pairs over all levels
+        first = 0
+        for level in scores.split(counts, dim=1):
+            pairs = level.flatten(1)
+            best = pairs.topk(min(self.config.topk_candidates, pairs.shape[1]))
+            picked_scores.append(best.values)
+            picked.append(best.indices + first)
+            first += pairs.shape[1]
+        return [
+            self.suppress(row_scores, row, deltas_row, anchors, size)
+            for row_scores, row, deltas_row, size in zip(
+                torch.cat(picked_scores, 1), torch.cat(picked, 1), deltas, sizes, strict=True
+            )
+        ]
+
+    def suppress(self, scores: Tensor, pairs: Tensor, deltas: Tensor, anchors: Tensor, size: ImageSize) -> Predictions:
+        """One image's detections from its candidate (anchor, class) pairs."""
+        above = scores > self.config.score_threshold
+        scores, pairs = scores[above], pairs[above]
+        anchor, labels = pairs // self.num_classes, pairs % self.num_classes
+        boxes = clip_boxes_to_image(self.boxes(deltas[anchor], anchors[anchor]), size.hw)
+        keep = batched_nms(boxes, scores, labels, self.config.nms_threshold)[: self.config.detections_per_image]
+        return Predictions(boxes=boxes[keep].float(), scores=scores[keep].float(), labels=labels[keep])
+
+    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
+        return CocoEvaluator(annotations, kinds=("bbox",), engine=engine)
+
+    def class_tensors(self) -> tuple[str, ...]:
+        return ("classification_head.cls_logits.weight", "classification_head.cls_logits.bias")
+
+    def negative_loss(self, logits: Tensor) -> Tensor:
+        """Focal loss of anchors that show no class: logits (…, C) to (…)."""
+        return _NegativeFocal.apply(logits, self.config.focal_alpha, self.config.focal_gamma)
+
+    def positive_extra(self, logits: Tensor) -> Tensor:
+        """What the focal loss of a logit grows by when its class is present. Same shape."""
+        present = self.config.focal_alpha * (-logits).sigmoid() ** self.config.focal_gamma * F.softplus(-logits)
+        return present - self.negative_loss(logits[..., None])
+
+
+class _NegativeFocal(torch.autograd.Function):
+    """(1 - alpha) * p^gamma * -log(1 - p), summed over classes (Lin et al. 2017, equation 5, for absent classes).
+
+    Nearly all logits are of this kind, so this is most of the loss's time: the slope is computed along with the value.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, alpha: float, gamma: float) -> Tensor:
+        p, cost = logits.sigmoid(), F.softplus(logits)
+        scale = (1 - alpha) * p**gamma
+        ctx.save_for_backward(scale * (gamma * (1 - p) * cost + p))
+        return (scale * cost).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad[..., None] * ctx.saved_tensors[0], None, None
+
+
+def precise(x: Tensor) -> Tensor:
+    """x in float32 at least: losses and scores are never computed in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def tower_norm(norm: Norm | None) -> Callable[[int], nn.Module] | None:
+    return None if norm is None else norm_layer(norm)
+
+
+def batch_boxes(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All boxes (M, 4) of a batch in the dtype of `like`, their labels (M,) and the number of their image (M,)."""
+    image = [torch.full_like(target.labels, i) for i, target in enumerate(batch.targets)]
+    boxes = torch.cat([target.boxes for target in batch.targets]).to(like.dtype)
+    return boxes, torch.cat([target.labels for target in batch.targets]), torch.cat(image)
+
+
+def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """1 - GIoU of pairs of xyxy boxes (P, 4): (P,) (Rezatofighi et al. 2019).
+
+    torchvision's `generalized_box_iou_loss` without its boolean indexing, which waits for the device.
+    """
+    inner = (torch.minimum(boxes[:, 2:], targets[:, 2:]) - torch.maximum(boxes[:, :2], targets[:, :2])).clamp(min=0)
+    hull = torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])
+    intersection, enclosing = _area(inner), _area(hull)
+    union = _area(boxes[:, 2:] - boxes[:, :2]) + _area(targets[:, 2:] - targets[:, :2]) - intersection
+    return 1 - intersection / (union + 1e-7) + (enclosing - union) / (enclosing + 1e-7)
+
+
+def _area(sides: Tensor) -> Tensor:
+    return sides[:, 0] * sides[:, 1]

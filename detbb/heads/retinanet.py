@@ -1,0 +1,112 @@
+"""RetinaNet: nine anchors at every cell, trained with focal loss (Lin et al. 2017, arXiv 1708.02002)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
+from torchvision.ops import box_iou
+
+from detbb.data.batch import Batch
+from detbb.distributed import shared_count
+from detbb.errors import UserError
+from detbb.heads.base import HeadSpec
+from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, batch_boxes, precise, tower_norm
+
+BACKGROUND, IGNORED = -1, -2
+
+
+@dataclass
+class RetinaNetConfig(DenseConfig):
+    """RetinaNet on FPN levels; the defaults are torchvision's, but 100 detections an image."""
+
+    foreground_iou: float = 0.5
+    """Anchors learn the box that they overlap by at least this IoU; each box's best anchors learn it in any case."""
+    background_iou: float = 0.4
+    """Anchors that overlap every box less than this learn background; those in between learn nothing."""
+
+
+class RetinaNetHead(DenseHead):
+    """torchvision's RetinaNet towers; losses and detections equal torchvision's `RetinaNet`."""
+
+    Config = RetinaNetConfig
+    config: RetinaNetConfig
+
+    def __init__(self, config: RetinaNetConfig, spec: HeadSpec) -> None:
+        super().__init__(config, spec)
+        if not 0 <= config.num_convs <= 4:
+            raise UserError(f"heads.{spec.name}.num_convs: {config.num_convs}; valid are 0 … 4")
+        if not 0 <= config.background_iou <= config.foreground_iou <= 1:
+            raise UserError(
+                f"heads.{spec.name}.background_iou: {config.background_iou}; "
+                f"valid are 0 … foreground_iou ({config.foreground_iou})"
+            )
+        sizes = tuple(
+            tuple(int(4 * spec.strides[level] * 2 ** (octave / 3)) for octave in range(3))
+            for level in self.picked_levels
+        )
+        self.anchor_generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+        norm = tower_norm(config.norm)
+        self.classification_head = RetinaNetClassificationHead(
+            self.in_channels, 9, self.num_classes, config.prior_probability, norm
+        )
+        self.regression_head = RetinaNetRegressionHead(self.in_channels, 9, norm)
+        for tower in (self.classification_head, self.regression_head):
+            tower.conv = tower.conv[: config.num_convs]
+        self.box_coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+
+    def forward(self, features: dict[str, Tensor]) -> DenseOutput:
+        maps = [features[level] for level in self.picked_levels]
+        return DenseOutput(self.classification_head(maps), self.regression_head(maps), None, self.grids(maps))
+
+    def boxes(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        return self.box_coder.decode_single(deltas, anchors)
+
+    def loss(self, output: DenseOutput, batch: Batch) -> dict[str, Tensor]:
+        """Focal and L1 loss, each a mean over images of the image's sum over its number of positive anchors."""
+        logits, deltas = precise(output.logits), precise(output.deltas)
+        anchors = self.anchors(output)
+        boxes, labels, _ = batch_boxes(batch, logits)
+        matched = self.match(batch, anchors)
+        positive = matched >= 0
+        # the last row stands in where there is no box, so that all anchors are computed alike and nothing waits
+        boxes = torch.cat([boxes, torch.ones_like(anchors[:1]).cumsum(1)])
+        labels = torch.cat([labels, labels.new_zeros(1)])
+        matched_box = torch.where(positive, matched, len(boxes) - 1).flatten()
+
+        cls_loss = self.negative_loss(logits)
+        label = labels[matched_box].view_as(matched)
+        at_label = logits.gather(2, label[..., None]).squeeze(2)
+        cls_loss = (cls_loss + self.positive_extra(at_label) * positive) * (matched != IGNORED)
+        target = self.box_coder.encode_single(boxes[matched_box], anchors.repeat(len(logits), 1)).view_as(deltas)
+        box_loss = (deltas - target).abs().sum(2) * positive
+
+        per_image = positive.sum(1).clamp(min=1)
+        images = shared_count(torch.full((), len(logits), device=logits.device))
+        return {
+            "loss_cls": (cls_loss.sum(1) / per_image).sum() / images,
+            "loss_box_reg": (box_loss.sum(1) / per_image).sum() / images,
+        }
+
+    @torch.no_grad()
+    def match(self, batch: Batch, anchors: Tensor) -> Tensor:
+        """(B, N): the box that each anchor learns, counted over the batch's boxes, or `BACKGROUND` or `IGNORED`.
+
+        torchvision's `Matcher` with low-quality matches, without its boolean indexing, which waits for the device.
+        """
+        rows, first = [], 0
+        for target in batch.targets:
+            if len(target.boxes) == 0:
+                rows.append(torch.full((len(anchors),), BACKGROUND, device=anchors.device))
+                continue
+            iou = box_iou(target.boxes.to(anchors.dtype), anchors)
+            best_iou, best = iou.max(0)
+            unsure = torch.where(best_iou < self.config.background_iou, BACKGROUND, IGNORED)
+            is_best_of_a_box = (iou == iou.amax(1, keepdim=True)).any(0)
+            rows.append(torch.where((best_iou >= self.config.foreground_iou) | is_best_of_a_box, best + first, unsure))
+            first += len(target.boxes)
+        return torch.stack(rows)

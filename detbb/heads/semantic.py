@@ -1,0 +1,100 @@
+"""Semantic segmentation on the neck: a label for every pixel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
+
+from detbb.config import Norm
+from detbb.data.annotations import Annotations
+from detbb.data.batch import Batch, ImageSize
+from detbb.distributed import shared_count
+from detbb.errors import UserError
+from detbb.evaluators import SemanticEvaluator
+from detbb.heads.base import Evaluator, Head, HeadConfig, HeadSpec, Predictions
+from detbb.heads.dense import precise, tower_norm
+
+IGNORE = 255
+
+
+@dataclass
+class SemanticConfig(HeadConfig):
+    """A small fully convolutional head that sums several levels."""
+
+    levels: list[str] = field(default_factory=lambda: ["p3", "p4", "p5"])
+    """Feature levels; the finest one sets the resolution of the logits."""
+    channels: int = 128
+    """Channels of each level's convolution."""
+    norm: Norm | None = "gn"
+    """The norm after each convolution; `null`: none."""
+    norm_eval: bool = False
+    """`true`: running statistics stay fixed in this head."""
+    norm_affine: bool = True
+    """`false`: norm weight and bias are not trained in this head."""
+
+
+class SemanticHead(Head):
+    """3×3 convolution of each level, summed at the finest, 1×1 logits (after panoptic FPN, arXiv 1901.02446)."""
+
+    Config = SemanticConfig
+    needs = "semantic"
+    main_metric = "sem/mIoU"
+
+    def __init__(self, config: SemanticConfig, spec: HeadSpec) -> None:
+        super().__init__(config, spec)
+        self.picked_levels = spec.pick(config.levels)
+        if config.channels < 1:
+            raise UserError(f"heads.{spec.name}.channels: {config.channels}; valid are 1, 2, 3, …")
+        self.convs = nn.ModuleDict(
+            {
+                level: Conv2dNormActivation(spec.channels[level], config.channels, norm_layer=tower_norm(config.norm))
+                for level in self.picked_levels
+            }
+        )
+        self.classifier = nn.Conv2d(config.channels, len(spec.classes), kernel_size=1)
+
+    @classmethod
+    def levels(cls, config: SemanticConfig) -> tuple[str, ...]:
+        return tuple(config.levels)
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        """Logits (B, C, h, w) at the finest level."""
+        finest, *coarser = self.picked_levels
+        summed = self.convs[finest](features[finest])
+        for level in coarser:
+            summed = summed + _resize(self.convs[level](features[level]), summed.shape[-2:])
+        return self.classifier(summed)
+
+    def loss(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy at input resolution: its sum over the labelled pixels of all ranks."""
+        height, width = batch.images.shape[-2:]
+        target = torch.full((len(output), height, width), IGNORE, dtype=torch.long, device=output.device)
+        for row, one in zip(target, batch.targets, strict=True):
+            assert one.semantic is not None
+            row[: one.semantic.shape[0], : one.semantic.shape[1]] = one.semantic
+        logits = _resize(precise(output), (height, width))
+        total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+        return {"loss_sem": total / shared_count((target != IGNORE).sum())}
+
+    def decode(self, output: Tensor, sizes: list[ImageSize]) -> list[Predictions]:
+        stride = self.spec.strides[self.picked_levels[0]]
+        padded = (output.shape[-2] * stride, output.shape[-1] * stride)
+        whole = (_resize(precise(logits[None]), padded)[0] for logits in output)
+        return [
+            Predictions(semantic=logits[:, : size.hw[0], : size.hw[1]].float())
+            for logits, size in zip(whole, sizes, strict=True)
+        ]
+
+    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
+        return SemanticEvaluator(annotations)
+
+    def class_tensors(self) -> tuple[str, ...]:
+        return ("classifier.weight", "classifier.bias")
+
+
+def _resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
