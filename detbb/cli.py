@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], object]) -> NoReturn:
-    """Run a command and exit: 0 done, 2 the user's input (one line), 128 + signal stopped, 1 anything else (traceback)."""
+    """Run a command and exit: 0 done, 2 the user's input (one line), 128 + signal stopped, 1 anything else."""
     try:
         main()
     except UserError as error:

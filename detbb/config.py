@@ -16,7 +16,8 @@ class BackboneConfig:
     """The ResNet that all branches share."""
 
     arch: str = "resnet50"
-    """Any ResNet, ResNeXt or wide ResNet of torchvision: `resnet18|34|50|101|152`, `resnext50_32x4d`, `wide_resnet50_2`, …"""
+    """Any ResNet, ResNeXt or wide ResNet of torchvision: `resnet18|34|50|101|152`, `resnext50_32x4d`,
+    `wide_resnet50_2`, …"""
     weights: str | None = None
     """`null` (random), `imagenet` (torchvision's, hash-checked; the only setting that may download), or a file
     (torchvision, Detectron2 or MMDetection naming; `.pth .pt .pkl .safetensors`)."""
@@ -72,8 +73,8 @@ class DataConfig:
     val: SplitConfig | None = None
     """The validation split; `null`: this source is not evaluated."""
     classes: Any = None
-    """`yolo`, `semantic`: a names file (JSON, YAML or one name a line) or a list of names. `coco`, `voc`: `null` takes all
-    classes of the file, a list takes those (in that order)."""
+    """`yolo`, `semantic`: a names file (JSON, YAML or one name a line) or a list of names. `coco`, `voc`: `null` takes
+    all classes of the file, a list takes those (in that order)."""
     image_size: list[int] = field(default_factory=lambda: [800, 1333])
     """Short side and longest side that an image is resized to, in pixels."""
     augment: Any = "default"
@@ -152,7 +153,8 @@ class OptimizerConfig:
     norm_weight_decay: float = 0.0
     """Weight decay of norm weights and of all biases, found by module type."""
     lr_mult: dict[str, float] = field(default_factory=dict)
-    """Learning-rate factor by submodule name (`backbone: 0.1`); the longest matching name counts. To stop a part, freeze it."""
+    """Learning-rate factor by submodule name (`backbone: 0.1`); the longest matching name counts. To stop a part,
+    freeze it."""
 
 
 @dataclass
@@ -192,7 +194,8 @@ class EvalConfig:
     engine: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """What computes COCO AP; both give the same numbers."""
     best: str | None = None
-    """The metric that `best.pt` follows, such as `objects/bbox/AP`; `null`: the main metric of the first head with a val split."""
+    """The metric that `best.pt` follows, such as `objects/bbox/AP`; `null`: the main metric of the first head with a
+    val split."""
 
 
 @dataclass
@@ -234,9 +237,11 @@ class Config:
     data: dict[str, DataConfig] = field(default_factory=dict)
     """The data sources by name."""
     heads: dict[str, Any] = field(default_factory=dict)
-    """The branches by name: `{type, data, …the head's own arguments}`; after loading, each is its head's config dataclass."""
+    """The branches by name: `{type, data, …the head's own arguments}`; after loading, each is its head's config
+    dataclass."""
     carried: list[str] = field(default_factory=list)
-    """Filled in by the run: heads of `init_from` that the file does not list. They are kept to the bit and not evaluated."""
+    """Filled in by the run: heads of `init_from` that the file does not list. They are kept to the bit and not
+    evaluated."""
     freeze: list[str] = field(default_factory=list)
     """Submodules frozen for the whole run. Give this or `phases`."""
     phases: list[PhaseConfig] = field(default_factory=list)

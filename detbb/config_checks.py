@@ -32,8 +32,8 @@ _RANGES = {
     ),
     "at least 1": (
         "train.steps train.batch_size train.accumulate train.max_skipped phases.*.steps eval.every eval.batch_size "
-        "checkpoint.every log.every neck.channels data.*.max_pixels data.*.train.size data.*.val.size data.*.image_size.* "
-        "schedule.milestones.*"
+        "checkpoint.every log.every neck.channels data.*.max_pixels data.*.train.size data.*.val.size "
+        "data.*.image_size.* schedule.milestones.*"
     ),
     "at least 2": "checkpoint.keep",
     "above 0": "train.epochs train.grad_clip train.timeout_s optimizer.lr optimizer.lr_mult.* data.*.weight",
@@ -45,16 +45,9 @@ _RANGES = {
 _DATA_FORMATS = {
     "boxes": ("coco", "voc", "yolo", "shapes"),
     "labels": ("coco", "voc", "yolo", "shapes"),
-    "masks": ("coco", "shapes"),
-    "keypoints": ("coco",),
+    "masks": ("coco", "yolo", "shapes"),
+    "keypoints": ("coco", "shapes"),
     "semantic": ("semantic",),
-}
-_SPLIT_KEYS = {
-    "coco": ("images", "annotations"),
-    "voc": ("annotations",),
-    "yolo": ("images", "annotations"),
-    "semantic": ("images", "annotations"),
-    "shapes": (),
 }
 
 
@@ -128,15 +121,17 @@ def _check_source(source: DataConfig, at: str, fail: Fail) -> None:
     if source.classes is None and source.format in ("yolo", "semantic"):
         fail(f"{at}.classes", f"is null, must be a list of names or a names file for format {source.format}")
     augment = source.augment
-    transforms = isinstance(augment, list) and all(isinstance(t, dict) and isinstance(t.get("type"), str) for t in augment)
+    transforms = isinstance(augment, list) and all(
+        isinstance(t, dict) and isinstance(t.get("type"), str) for t in augment
+    )
     if augment not in ("default", "none") and not transforms:
         what = "default, none or a list of {type: Name, …its arguments}"
         fail(f"{at}.augment", f"is {show(augment)}, must be {what}")
 
 
 def _check_split(source: DataConfig, split: SplitConfig, at: str, fail: Fail) -> None:
-    for key in _SPLIT_KEYS[source.format]:
-        if getattr(split, key) is None:
+    for key in ("images", "annotations"):
+        if source.format != "shapes" and not getattr(split, key):
             fail(f"{at}.{key}", f"is missing, must be given for format {source.format}")
     if source.format == "shapes" and split.annotations is not None:
         fail(f"{at}.annotations", f"is {show(split.annotations)}, but format shapes generates them; leave it out")
@@ -156,7 +151,8 @@ def _check_heads(config: Config, classes: dict[str, type[Head]], fail: Fail) -> 
         if source.format not in _DATA_FORMATS[needs]:
             valid = ", ".join(_DATA_FORMATS[needs])
             fail(
-                at, f"is {show(head.data)} of format {source.format}, but type {head.type} needs {needs}: formats {valid}"
+                at,
+                f"is {show(head.data)} of format {source.format}, but type {head.type} needs {needs}: formats {valid}",
             )
     for index, name in enumerate(config.carried):
         if name not in config.heads:
@@ -251,7 +247,9 @@ def _check_evaluation(config: Config, fail: Fail) -> None:
     head, _, metric = best.partition("/")
     if head not in config.heads or not metric:
         heads = ", ".join(config.heads)
-        fail("eval.best", f"is {show(best)}, must be <head>/<metric> with a head of {heads}{nearest(head, config.heads)}")
+        fail(
+            "eval.best", f"is {show(best)}, must be <head>/<metric> with a head of {heads}{nearest(head, config.heads)}"
+        )
     source = config.data.get(config.heads[head].data)
     if source is None or source.val is None:
         fail("eval.best", f"is {show(best)}, but data.{config.heads[head].data} has no val split")

@@ -22,9 +22,9 @@ _INTRODUCTION = """\
 Made from the docstrings of the configuration classes by `make docs`; edit those, not this file.
 
 A run is one YAML file. Overrides come after the flags on the command line: `train.steps=100`,
-`'phases[0].freeze=[backbone, neck]'`, `ema=null`. A file may name one parent, `base: other.yaml` (relative to it), which is
-merged before the rest: sections merge key by key, everything else replaces. `${oc.env:NAME,default}` is an environment
-variable and `${train.steps}` another key; both are resolved in the `config.yaml` of the run folder.
+`'phases[0].freeze=[backbone, neck]'`, `ema=null`. A file may name one parent, `base: other.yaml` (relative to it),
+which is merged before the rest: sections merge key by key, everything else replaces. `${oc.env:NAME,default}` is an
+environment variable and `${train.steps}` another key; both are resolved in the `config.yaml` of the run folder.
 
 An unknown key, a wrong type and a combination that cannot work end the command at once with exit code 2 and one line:
 where it was written, the key, the value, what is valid.
@@ -34,10 +34,10 @@ Each entry: key, type, default, meaning. `<name>` stands for a name of your choi
 _FREEZING = """\
 ## Names in `freeze`
 
-A name is a submodule of the detector: `backbone`, `backbone.stem` (conv1 and bn1), `backbone.layer1` … `backbone.layer4`,
-`neck`, `heads.<name>` and anything below them. A frozen part keeps every bit, running statistics included. What others
-write is `freeze: [backbone.stem, backbone.layer1]` here: Detectron2's `FREEZE_AT = 2`, MMDetection's `frozen_stages=1` and
-torchvision's `trainable_backbone_layers=3`.
+A name is a submodule of the detector: `backbone`, `backbone.stem` (conv1 and bn1), `backbone.layer1` …
+`backbone.layer4`, `neck`, `heads.<name>` and anything below them. A frozen part keeps every bit, running statistics
+included. What others write is `freeze: [backbone.stem, backbone.layer1]` here: Detectron2's `FREEZE_AT = 2`,
+MMDetection's `frozen_stages=1` and torchvision's `trainable_backbone_layers=3`.
 """
 
 
@@ -74,7 +74,9 @@ def make_docs() -> str:
         documented = [c for c in reversed(head.Config.__mro__) if dataclasses.is_dataclass(c) and c is not HeadConfig]
         lines = {line.name: line for c in documented for line in field_docs(c)}
         first = " ".join((head.__doc__ or "").split("\n\n")[0].split())
-        changed = [_entry(dataclasses.replace(line, default=_default(head.Config, line.name))) for line in lines.values()]
+        changed = [
+            _entry(dataclasses.replace(line, default=_default(head.Config, line.name))) for line in lines.values()
+        ]
         parts.append("\n".join([f"## `heads.<name>` of `type: {name}`\n", f"{first}\n", *changed, ""]))
     return "\n".join(parts)
 
@@ -108,7 +110,14 @@ def _type(hint: Any) -> str:
         return f"name: {_type(inside[1])}"
     if dataclasses.is_dataclass(hint):
         return "section"
-    words = {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null", Any: "see there"}
+    words = {
+        bool: "true | false",
+        int: "whole number",
+        float: "number",
+        str: "text",
+        type(None): "null",
+        Any: "see there",
+    }
     return words[hint]
 
 

@@ -37,8 +37,8 @@ _MISSING_VARIABLE = re.compile(r"Environment variable '(.*?)' not found")
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The checked configuration of a YAML file and `key=value` overrides; `heads` holds each head's own dataclass.
 
-    The file may name one parent, `base: other.yaml` (relative to it), which has none itself. `${oc.env:NAME,default}` and
-    `${other.key}` are resolved; a variable that looks like a secret is refused, since the result is stored with the run.
+    The file may name one parent, `base: other.yaml` (relative to it), which has none itself. `${oc.env:NAME,default}`
+    and `${other.key}` are resolved; a variable that looks like a secret is refused, since the result is stored.
     Under torchrun (`WORLD_SIZE`) the batch size must divide among the processes.
 
     Raises: UserError: one line for the first mistake.
@@ -50,12 +50,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _build(_resolve(values, sources), sources, int(os.environ.get("WORLD_SIZE", "1")))
 
 
-def config_from_dict(values: dict[str, Any], origin: str) -> Config:
+def config_from_dict(values: dict[str, Any], origin: str, *, overrides: Sequence[str] = ()) -> Config:
     """The checked configuration of plain containers (a checkpoint's); `origin` says in errors where they come from.
 
     Nothing is resolved: a stored configuration reads no environment. Raises: UserError.
     """
-    return _build(copy.deepcopy(values), _Sources(origin, []), world_size=1)
+    sources = _Sources(origin, [_override_layer(text) for text in overrides])
+    values = copy.deepcopy(values)
+    for name, layer in sources.layers:
+        values = _merge(values, layer, name)
+    return _build(values, sources, world_size=1)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -84,7 +88,7 @@ class _Sources:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as data: plain scalars as in YAML 1.2 (`off` is a word, `1e-3` a number), no tags, no aliases, no key twice."""
+    """YAML as data: plain scalars as in YAML 1.2 (`off` is a word, `1e-3` a number), no tags, no aliases."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (PyYAML's own class attribute)
     _depth = 0
@@ -197,7 +201,9 @@ def _resolve(values: dict[str, Any], sources: _Sources) -> dict[str, Any]:
     """The same with every ${…} replaced."""
     for at, text in _strings(values, ""):
         if secret := _SECRET.search(text):
-            sources.fail(at, f"reads the environment variable {secret[1]}, which looks like a secret: configs are stored")
+            sources.fail(
+                at, f"reads the environment variable {secret[1]}, which looks like a secret: configs are stored"
+            )
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except (OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:

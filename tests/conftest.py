@@ -16,11 +16,13 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def data_folder() -> Callable[[str], Path]:
-    """`data_folder("bccd")`: that folder of real data, from $DETBB_DATA or beside the repository; skips if there is none."""
+    """`data_folder("bccd")`: that folder of real data, from $DETBB_DATA or beside the repository; skips without one."""
 
     def find(name: str) -> Path:
         repository = Path(__file__).resolve().parents[1]
-        roots = [Path(os.environ["DETBB_DATA"])] if "DETBB_DATA" in os.environ else [repository.parent / "shared" / "data"]
+        roots = (
+            [Path(os.environ["DETBB_DATA"])] if "DETBB_DATA" in os.environ else [repository.parent / "shared" / "data"]
+        )
         for root in roots:
             if (root / name).is_dir():
                 return (root / name).resolve()

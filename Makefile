@@ -1,0 +1,38 @@
+# Every target sets up the environment by itself; that is a no-op while the environment is current.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/shapes_fcos.yaml
+ARGS ?=
+
+bin := $(VENV)/bin
+installed := $(VENV)/.installed
+
+.PHONY: help train test check format docs
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+train: $(installed)  ## train and evaluate CONFIG (generated data, CPU), or go on where it stopped
+	$(bin)/python tools/train.py --config $(CONFIG) --resume $(ARGS)
+
+test: check  ## lint, types and the whole test suite
+	$(bin)/python -m pytest $(ARGS)
+
+check: $(installed)  ## lint and types
+	$(bin)/ruff format --check .
+	$(bin)/ruff check .
+	$(bin)/mypy
+
+format: $(installed)  ## format, and fix what the linter can
+	$(bin)/ruff format .
+	$(bin)/ruff check --fix .
+
+docs: $(installed)  ## write docs/config.md from the fields
+	$(bin)/python -m detbb.config_docs
+
+$(installed): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --constraint constraints.txt --editable '.[dev,export]'
+	touch $@

@@ -1,0 +1,131 @@
+"""The shape of the code: imports run one way, files and functions stay small, the project's files agree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from detbb.config_loading import load_config
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FILES = sorted((REPOSITORY / "detbb").rglob("*.py"))
+# What puts the parts together may import widely; everything else knows its neighbours.
+WIDE = {"detbb.train", "detbb.evaluate", "detbb.predict", "detbb.setup", "detbb.checkpoint", "detbb.export"}
+MOST_IMPORTS = 10
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def module_level(nodes: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements that run at import; not those under TYPE_CHECKING."""
+    for node in nodes:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        for part in ("body", "orelse", "finalbody"):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from module_level([n for n in getattr(node, part, []) if isinstance(n, ast.stmt)])
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """The modules of detbb that `module` imports by name when it is imported."""
+    found = set()
+    for node in module_level(ast.parse(MODULES[module].read_text()).body):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inside & set(MODULES)) or {str(node.module)}
+    return frozenset(found & set(MODULES))
+
+
+def test_no_import_cycles():
+    try:
+        TopologicalSorter({module: imports(module) for module in MODULES}).prepare()
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' -> '.join(reversed(error.args[1]))}")
+
+
+def test_only_what_puts_the_parts_together_imports_widely():
+    wide = {m: len(imports(m)) for m in MODULES if len(imports(m)) > MOST_IMPORTS and m not in WIDE}
+    assert not wide, f"more than {MOST_IMPORTS} imports from detbb: {wide}"
+
+
+def test_nothing_below_imports_what_is_above():
+    """data, backbone, neck and heads know nothing of the detector, the loop or the commands."""
+    low = [m for m in MODULES if m.split(".")[1:2] in (["data"], ["heads"], ["backbone"], ["neck"], ["norm"])]
+    above = {"detbb.detector", "detbb.freeze", "detbb.checkpoint", "detbb.step", "detbb.cli"} | WIDE
+    assert len(low) > 10
+    assert not {m: imports(m) & above for m in low if imports(m) & above}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_and_functions_are_small(path: Path):
+    text = path.read_text()
+    assert text.count("\n") <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is longer than 60 lines"
+
+
+def test_import_detbb_is_instant_and_its_names_are_there():
+    """Three of the names are also modules; as attributes of the package they are the functions, always."""
+    code = """
+import sys, detbb
+assert not {"torch", "numpy", "yaml"} & set(sys.modules)
+import detbb.train, detbb.evaluate, detbb.predict
+from detbb import (load_config, build_detector, load_detector, train, evaluate, predict,
+                   build_resnet, build_resnet_c4, SyncBatchNorm, Ema, HEADS, Head)
+names = [load_config, build_detector, load_detector, train, evaluate, predict, build_resnet, build_resnet_c4]
+assert all(type(f).__name__ == "function" for f in names), names
+assert issubclass(HEADS["fcos"], Head) and set(detbb.__all__) <= set(dir(detbb))
+try: detbb.nothing
+except AttributeError: pass
+else: raise SystemExit("detbb.nothing")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_dependency_has_an_exact_pin_inside_its_range():
+    from packaging.requirements import Requirement
+
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = [text for group in project["optional-dependencies"].values() for text in group]
+    for requirement in map(Requirement, [*project["dependencies"], *extras]):
+        assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    script = (REPOSITORY / ".ci" / "run").read_text()
+    assert script.rstrip().endswith("exec make test") and (REPOSITORY / ".ci" / "run").stat().st_mode & 0o111
+    assert "make test" in (REPOSITORY / "README.md").read_text()
+
+
+def test_yaml_of_the_readme_works(tmp_path: Path):
+    own, branch = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert own.count("\n") <= 12
+    (tmp_path / "mine.yaml").write_text(own)
+    load_config(tmp_path / "mine.yaml")
+    recipe = yaml.safe_load((REPOSITORY / "configs/shapes_two_branches/2_add_semantic.yaml").read_text())
+    assert yaml.safe_load(branch).items() <= recipe.items()
