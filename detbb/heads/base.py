@@ -75,7 +75,7 @@ class Evaluator(Protocol):
         """
 
     def summarize(self, results: list[dict[str, Any]]) -> dict[str, float]:
-        """Metrics of everybody's `state()` entries, sorted by image: Detectron2's names (`bbox/AP`, `sem/mIoU`), 0–100."""
+        """Metrics of everybody's `state()` entries, sorted by image, 0–100, by Detectron2's names (`bbox/AP`)."""
 
     def curves(self) -> dict[str, Any] | None:
         """Precision over recall of the last `summarize`, for `pr_curves.png`; None where there is none.
@@ -87,10 +87,11 @@ class Evaluator(Protocol):
 class Head(nn.Module):
     """A branch on shared features.
 
-    Subclasses set `Config` (a HeadConfig dataclass with a doc line per field), `needs` and `main_metric`, and fill in the
-    methods. `forward` + `loss` run in training, `forward` + `decode` in evaluation; neither looks at `self.training`, which
-    is for norms and dropout alone. Every parameter of the head must take part in every loss, also for a batch without
-    objects. Loss sums are divided by `shared_count` (detbb/distributed.py), so that the number of processes does not matter.
+    Subclasses set `Config` (a HeadConfig dataclass with a doc line per field), `needs` and `main_metric`, and fill in
+    the methods. `forward` + `loss` run in training, `forward` + `decode` in evaluation; neither looks at
+    `self.training`, which is for norms and dropout alone. Every parameter of the head must take part in every loss,
+    also for a batch without objects. Loss sums are divided by `shared_count` (detbb/distributed.py), so that the number
+    of processes does not matter.
     """
 
     Config: ClassVar[type[HeadConfig]] = HeadConfig
@@ -129,4 +130,4 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def load_backbone_weights(self, state: dict[str, Tensor]) -> None:
-        """Take what this head shares with an image-classification backbone (torchvision's keys); most heads: nothing."""
+        """Take what this head shares with a classification backbone (torchvision's keys); most heads: nothing."""

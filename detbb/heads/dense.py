@@ -114,7 +114,7 @@ class DenseHead(Head):
         self.anchor_generator.set_cell_anchors(logits.dtype, logits.device)
         cells = [[g.height, g.width] for g in output.grids]
         strides = [[g.stride_y, g.stride_x] for g in output.grids]
-        return torch.cat(self.anchor_generator.grid_anchors(cells, strides))  # type: ignore[arg-type]
+        return torch.cat(self.anchor_generator.grid_anchors(cells, strides))
 
     def decode(self, output: DenseOutput, sizes: list[ImageSize]) -> list[Predictions]:
         scores = precise(output.logits).sigmoid()
@@ -177,7 +177,7 @@ class _NegativeFocal(torch.autograd.Function):
         return (scale * cost).sum(-1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad[..., None] * ctx.saved_tensors[0], None, None
 
 
