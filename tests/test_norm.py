@@ -126,7 +126,7 @@ def test_norm_layers_by_name():
         nn.GroupNorm,
     ]
     assert [norm_layer("gn")(c).num_groups for c in (64, 256, 24, 7)] == [32, 32, 8, 1]
-    with pytest.raises(UserError, match="norm: 'frozenbn' is not known; valid are bn, .*did you mean 'frozen_bn'"):
+    with pytest.raises(UserError, match=r"norm: 'frozenbn' is not known; valid are bn, .*did you mean 'frozen_bn'"):
         norm_layer("frozenbn")
 
 
@@ -155,7 +155,7 @@ def small_net(norm: type[nn.Module], dtype: torch.dtype, **arguments) -> nn.Modu
 
 
 def train(net: nn.Module, batches: list[torch.Tensor], share: slice, steps: int) -> dict[str, torch.Tensor]:
-    """What the first step puts out and its gradients, and the state after all steps. Gradients are summed over ranks."""
+    """Output and gradients of the first step, and the state after all steps. Gradients are summed over ranks."""
     device = next(net.parameters()).device
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
     seen = {}
@@ -177,13 +177,13 @@ def train(net: nn.Module, batches: list[torch.Tensor], share: slice, steps: int)
 def farthest(
     shares: tuple[int, int], dtype: torch.dtype, size: int, *, norm: type = SyncBatchNorm, device="cpu", **arguments
 ):
-    """Largest difference to one process that sees the whole batch, relative to the largest gradient, or to each tensor."""
+    """Largest difference to one process that sees it all, relative to the largest gradient, or to each tensor."""
     first = dist.get_rank() * shares[0]
     share = slice(first, first + shares[dist.get_rank()])
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randn(sum(shares), 3, size, size, generator=generator, dtype=dtype) * 3 + 1 for _ in range(20)]
-    # Two values a channel are +1 and -1 whatever they were: all gradient is rounding, and in fp32 even one process is 5e-4
-    # from the exact weights after 20 steps. There only the first step is compared (fp64 shows the rest).
+    # Two values a channel become +1 and -1 whatever they were: all gradient is rounding, and in fp32 even one process
+    # is 5e-4 from the exact weights after 20 steps. There only the first step is compared (fp64 shows the rest).
     steps = 1 if sum(shares) * size == 2 and dtype == torch.float32 else 20
     alone = train(small_net(nn.BatchNorm2d, dtype, **arguments).to(device), batches, slice(None), steps)
     synced = train(small_net(norm, dtype, **arguments).to(device), batches, share, steps)
