@@ -52,7 +52,9 @@ class Segments:
             if isinstance(item, dict):
                 rles[index] = _compressed_rle(item)
             elif item:
-                polygons += [p for p in item if len(p) >= 6]
+                for polygon in item:
+                    if len(polygon) >= 6:
+                        polygons.append(polygon)
             polygon_count.append(len(polygons) - before)
         lengths = np.fromiter(map(len, polygons), np.int64, len(polygons))
         self._xy = np.fromiter(chain.from_iterable(polygons), np.float64, int(lengths.sum()))
@@ -78,9 +80,9 @@ class Segments:
         height, width = self._rle_hw[row].tolist()
         return height, width, self._rle_counts[row].encode("ascii")
 
-    def not_finite(self) -> np.ndarray:
-        """Indices of the objects with a coordinate that is NaN or infinite."""
-        numbers = np.flatnonzero(~np.isfinite(self._xy))
+    def beyond(self, limit: float) -> np.ndarray:
+        """Indices of the objects with a polygon coordinate not finite, or further than `limit` from 0."""
+        numbers = np.flatnonzero(~(np.abs(self._xy) <= limit))
         polygons = np.searchsorted(self._polygon_first, numbers, side="right") - 1
         return np.unique(np.searchsorted(self._first, polygons, side="right") - 1)
 
@@ -99,6 +101,31 @@ def _compressed_rle(item: dict) -> tuple[int, int, bytes]:
     if isinstance(counts, list):
         counts = coco_mask.frPyObjects(item, height, width)["counts"]
     return height, width, counts.encode("ascii") if isinstance(counts, str) else counts
+
+
+def rle_fits(item: dict[str, Any], height: int, width: int) -> bool:
+    """Whether a COCO run-length code covers height x width pixels exactly. pycocotools writes out of bounds if not."""
+    if list(item.get("size", ())) != [height, width]:
+        return False
+    counts = item.get("counts")
+    if isinstance(counts, list):
+        return all(type(n) is int and n >= 0 for n in counts) and sum(counts) == height * width
+    code = np.frombuffer(counts.encode() if isinstance(counts, str) else b"", dtype=np.uint8).astype(np.int64) - 48
+    if not len(code) or (code < 0).any() or (code > 63).any() or code[-1] & 32:
+        return False
+    ends = np.flatnonzero(code & 32 == 0)  # 5 bits a character, the sixth says that more follow
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 7:
+        return False
+    shifts = 5 * (np.arange(len(code)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((code & 31) << shifts, starts)
+    runs[code[ends] & 16 > 0] -= 1 << 5 * lengths[code[ends] & 16 > 0]
+    runs[1::2], runs[2::2] = (
+        np.cumsum(runs[1::2]),
+        np.cumsum(runs[2::2]),
+    )  # stored as differences to the run before last
+    return bool((runs >= 0).all() and runs.sum() == height * width)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from detbb.data.annotations import Fault, Segments
+from detbb.data.annotations import Fault, Segments, rle_fits
 from detbb.errors import UserError, unknown_name
 
 SHOWN = 10
@@ -101,24 +101,20 @@ def _segments(items: Sequence[Any], order: np.ndarray, rows: Rows, sizes: np.nda
     bad = []
     for position, item in enumerate(used):
         if isinstance(item, list):
-            faulty = any(len(p) % 2 for p in item)
-        elif item:
-            faulty = list(item.get("size", ())) != sizes[rows.image[order[position]]].tolist()
-        else:
-            faulty = False
-        if faulty:
+            for polygon in item:
+                if len(polygon) % 2:
+                    bad.append(position)
+        elif item and not rle_fits(item, *sizes[rows.image[order[position]]].tolist()):
             bad.append(position)
-            used[position] = None
+    for position in bad:
+        used[position] = None
     faults.refuse(
-        "segmentation with an odd number of coordinates or a size that is not its image's, annotation ids",
-        rows.ids[order[bad]],
+        "segmentation with an odd number of coordinates, or run lengths that do not cover its image, annotation ids",
+        rows.ids[order[sorted(set(bad))]],
     )
-    try:
-        segments = Segments(used)
-    except (TypeError, ValueError, KeyError, OverflowError) as e:
-        raise UserError(f"{faults.origin}: a segmentation cannot be read: {e}") from None
-    if len(unbounded := segments.not_finite()):
-        faults.refuse("segmentation that is not finite, annotation ids", rows.ids[order[unbounded]])
+    segments = Segments(used)
+    far = segments.beyond(min(2.0 * sizes.max(initial=0), 2e5))  # filling them would take any amount of memory
+    faults.refuse("polygon that is not finite or far outside its image, annotation ids", rows.ids[order[far]])
     return segments
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from detbb.errors import UserError
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "MPO", "JPEG2000")  # no format that starts a program
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")  # no format that starts a program
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"])
 _UPRIGHT = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,7 +40,7 @@ def name_fault(name: str) -> str | None:
     """Why a file name may not be joined to an image folder, or None. Looks at the text alone."""
     if not name or "\0" in name:
         return "is empty or holds a NUL character"
-    if os.path.isabs(name) or ".." in Path(name).parts:
+    if os.path.isabs(name) or (".." in name and ".." in Path(name).parts):
         return "leaves the image folder"
     return None
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import albumentations as A
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -19,6 +20,9 @@ from detbb.data.annotations import Segments
 from detbb.data.sampler import mix
 from detbb.data.semantic import IGNORE
 from detbb.errors import UserError, unknown_name
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else importing it asks the network for a newer version
+import albumentations as A
 
 _KEEP_SIZE = ("HorizontalFlip", "VerticalFlip", "CoarseDropout", "GridDropout", "XYMasking")
 LEAST_SIDE = 0.1  # pixels; what augmentation leaves of a box must not be thinner
@@ -86,7 +90,7 @@ class Transform:
 
     def _try_out(self, transforms: list[Any]) -> None:
         """Run every transform once, so that what cannot work fails now."""
-        h, w = self.size((3 * self._short, 4 * self._short), 0)
+        h, w = self._short, self._long
         boxes = np.array([[0.2 * w, 0.2 * h, 0.8 * w, 0.8 * h]])
         points = np.array([[[0.5 * w, 0.5 * h, 2.0]]], dtype=np.float32)
         masks = np.ones((1, h, w), dtype=np.uint8)
@@ -136,11 +140,13 @@ def rasterize(segments: Segments, rows: np.ndarray, original_hw: tuple[int, int]
 
 
 def _composed(transforms: list[Any]) -> A.Compose:
-    return A.Compose(
-        transforms,
-        bbox_params=A.BboxParams("pascal_voc", label_fields=["row"], clip=True, filter_invalid_bboxes=True),
-        keypoint_params=A.KeypointParams("xy", label_fields=["point"], remove_invisible=False),
-    )
+    with warnings.catch_warnings():  # that a list which moves nothing needs no boxes
+        warnings.simplefilter("ignore")
+        return A.Compose(
+            transforms,
+            bbox_params=A.BboxParams("pascal_voc", label_fields=["row"], clip=True, filter_invalid_bboxes=True),
+            keypoint_params=A.KeypointParams("xy", label_fields=["point"], remove_invisible=False),
+        )
 
 
 def _apply(compose: A.Compose, sample: Sample, flip_pairs: list[tuple[int, int]]) -> Sample:

@@ -21,8 +21,8 @@ def read_voc(
 
     `Annotations/` is looked for beside the image set, up to three folders above it, and beside the images. Coordinates
     count from 1 and include both ends: x of the box is `xmin` - 1, its right edge `xmax`. `difficult` objects are
-    crowds. Image ids are the line numbers, from 1. Classes are sorted by name unless given; objects of other classes are
-    left out, or with `exact` refused.
+    crowds. Image ids are the line numbers, from 1. Classes are sorted by name unless given; objects of others are left
+    out, or with `exact` refused.
     """
     folder = _annotation_folder(images, image_set)
     stems = [line.split()[0] for line in _text(image_set).splitlines() if line.strip()]
