@@ -34,12 +34,12 @@ _SECRET = re.compile(r"oc\.env\s*:\s*(\w*(?:KEY|TOKEN|SECRET|PASSW|CREDENTIAL)\w
 _MISSING_VARIABLE = re.compile(r"Environment variable '(.*?)' not found")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Config:
     """The checked configuration of a YAML file and `key=value` overrides; `heads` holds each head's own dataclass.
 
     The file may name one parent, `base: other.yaml` (relative to it), which has none itself. `${oc.env:NAME,default}`
     and `${other.key}` are resolved; a variable that looks like a secret is refused, since the result is stored.
-    Under torchrun (`WORLD_SIZE`) the batch size must divide among the processes.
+    The batch size must divide among the processes: `world_size`, or torchrun's `WORLD_SIZE`.
 
     Raises: UserError: one line for the first mistake.
     """
@@ -47,7 +47,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = config_to_dict(Config())  # so that ${…} reaches defaults too
     for name, layer in sources.layers:
         values = _merge(values, layer, name)
-    return _build(_resolve(values, sources), sources, int(os.environ.get("WORLD_SIZE", "1")))
+    return _build(_resolve(values, sources), sources, world_size or int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def config_from_dict(values: dict[str, Any], origin: str, *, overrides: Sequence[str] = ()) -> Config:

@@ -283,7 +283,7 @@ class ClassificationEvaluator:
             hit = scores[single].argmax(1) == label_of
             values = {label: float(hit[label_of == label].mean()) for label in np.unique(label_of).tolist()}
             mean = hit.mean() if len(hit) else None
-        metrics = {} if mean is None else {whole: mean}
+        metrics: dict[str, float] = {} if mean is None else {whole: float(mean)}
         metrics |= {f"cls/{name}-{data.classes[label]}": value for label, value in values.items()}
         return {key: 100 * float(value) for key, value in metrics.items()}
 

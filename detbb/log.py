@@ -93,13 +93,15 @@ class RunLog:
         split: str = "val",
         images: Mapping[str, np.ndarray | Path] | None = None,
     ) -> None:
-        """One evaluation record: `{"step", "split", "weights": "ema" | "model", …metrics}`; nothing without metrics.
+        """One record `{"step", "split", "weights": "ema" | "model", …metrics}` and a line; nothing without metrics.
 
         images: pictures for TensorBoard by name, (H, W, 3) uint8 RGB or a file.
         """
         if not self._writes or not metrics:
             return
         self._record({"step": step, "split": split, "weights": weights}, metrics)
+        whole = {name: value for name, value in metrics.items() if "-" not in name.split("/", 2)[-1]}
+        self._show(Text(f"step {step}  {split} ({weights})  {_numbers(whole)}"))
         for name, image in (images or {}).items():
             pixels = image if isinstance(image, np.ndarray) else np.asarray(Image.open(image).convert("RGB"))
             self._tb.add_image(f"{name}/{weights}", pixels, step, dataformats="HWC")

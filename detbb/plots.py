@@ -79,7 +79,7 @@ def _with_objects(canvas: Image.Image, shown: Predictions, classes: Sequence[str
     """Least certain objects first, so that the best lie on top; masks below all boxes."""
     assert shown.boxes is not None and shown.labels is not None
     unit = max(canvas.size) / 1000
-    line, font = max(2, round(2.5 * unit)), _font(max(11, round(17 * unit)))
+    line, font = max(2, round(3 * unit)), _font(max(11, round(17 * unit)))
     hw = (canvas.height, canvas.width)
     count = len(shown.boxes)
     kept = [i for i in range(count) if shown.scores is None or shown.scores[i] >= threshold]
@@ -94,7 +94,9 @@ def _with_objects(canvas: Image.Image, shown: Predictions, classes: Sequence[str
     draw = ImageDraw.Draw(canvas)
     for i in kept:
         x1, y1, x2, y2 = shown.boxes[i].tolist()
-        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=class_colour(int(shown.labels[i])), width=line)
+        x2, y2 = max(x1, x2), max(y1, y2)
+        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=line + 2)  # seen on any background
+        draw.rectangle((x1, y1, x2, y2), outline=class_colour(int(shown.labels[i])), width=line)
         if shown.keypoints is not None:
             _draw_keypoints(draw, shown.keypoints[i].numpy(), line)
     tags = []
@@ -242,7 +244,7 @@ def pr_curves(curves: dict[str, Any], title: str) -> np.ndarray:
             few = len(single) <= 12
             style = {"lw": 1.4, "label": f"{name} ({lines[name].mean():.2f})"} if few else {"lw": 0.6, "alpha": 0.45}
             axes.plot(curves["recall"], lines[name], color=colour, **style)
-        for name, dashes in zip(means, ("-", "--"), strict=True):
+        for name, dashes in zip(means, ("-", "--"), strict=False):
             axes.plot(curves["recall"], lines[name], "k", ls=dashes, lw=2.4, label=f"{name} ({lines[name].mean():.2f})")
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
         measure = "OKS" if kind == "keypoints" else "IoU"

@@ -1,0 +1,241 @@
+"""Evaluation and prediction of a trained checkpoint: the same numbers everywhere, and files a person can use."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detbb.checkpoint import load_detector, open_checkpoint
+from detbb.config import Config
+from detbb.config_loading import config_from_dict
+from detbb.data import read_split
+from detbb.errors import UserError
+from detbb.evaluate import evaluate, evaluate_detector
+from detbb.predict import find_images, predict
+from detbb.train import train
+
+ROOT = Path(__file__).parents[1]
+FILES = ("results.json", "metrics.json", "samples.png", "pr_curves.png")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `run/` (two branches on one source, seven val images) and the images it learned from."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    shapes = {"format": "shapes", "image_size": [64, 64]}
+    shapes |= {"train": {"images": str(folder / "data"), "size": 8}, "val": {"images": str(folder / "data"), "size": 7}}
+    values = {
+        "device": "cpu",
+        "output_dir": str(folder / "run"),
+        "backbone": {"arch": "resnet18", "norm": "bn"},
+        "neck": {"type": "fpn", "channels": 64},
+        "data": {"shapes": shapes},
+        "heads": {
+            "objects": {"type": "fcos", "data": "shapes", "threshold": 0.0},
+            "present": {"type": "classify", "data": "shapes", "multi_label": True},
+        },
+        "train": {"steps": 3, "batch_size": 4, "workers": 0},
+        "optimizer": {"type": "adamw", "lr": 0.001},
+        "ema": {"decay": 0.5, "warmup_steps": 0},
+        "eval": {"weights": "both", "batch_size": 2},
+        "log": {"images": 2},
+    }
+    train(config_from_dict(values, "test"))
+    return folder
+
+
+def checkpoint_of(run: Path) -> Path:
+    return run / "run/checkpoints/step_0000003.pt"
+
+
+def logged(run: Path, weights: str) -> dict[str, float]:
+    lines = [json.loads(line) for line in (run / "run/metrics.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if line.get("weights") == weights]
+    return {name: value for name, value in line.items() if "/" in name}
+
+
+def parts_of(run: Path) -> tuple[Config, dict]:
+    config = config_from_dict(open_checkpoint(checkpoint_of(run))["config"], "test")
+    annotations = read_split(config.data["shapes"], "val", "shapes")
+    return config, {name: annotations for name in config.heads}
+
+
+def test_a_checkpoint_gives_exactly_what_training_logged(run: Path, tmp_path: Path) -> None:
+    metrics = evaluate(checkpoint_of(run), output_dir=tmp_path / "out")
+    averaged, raw = logged(run, "ema"), logged(run, "model")
+    assert metrics == averaged | {f"model:{name}": value for name, value in raw.items()}
+    assert averaged != raw and {"objects/bbox/AP", "present/cls/mAP"} <= set(averaged)
+    for suffix in ("", "_model"):
+        for name in FILES:
+            ours, theirs = (
+                tmp_path / f"out{suffix}/objects" / name,
+                run / f"run/eval/step_0000003{suffix}/objects" / name,
+            )
+            assert ours.read_bytes() == theirs.read_bytes()
+    own = json.loads((tmp_path / "out/objects/metrics.json").read_text())
+    assert own["weights"] == "ema" and own["bbox/AP"] == averaged["objects/bbox/AP"]
+
+
+def test_numbers_and_files_do_not_depend_on_the_number_of_processes(run: Path, tmp_path: Path) -> None:
+    """Four groups over three processes: nobody may be padded, counted twice, or grouped otherwise."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    command += [str(ROOT / "tools/eval.py"), str(checkpoint_of(run)), "--output-dir", str(tmp_path / "out")]
+    command += ["--head", "objects", "eval.weights=ema"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    evaluate(checkpoint_of(run), heads=["objects"], overrides=["eval.weights=ema"], output_dir=tmp_path / "one")
+    for name in FILES:
+        assert (tmp_path / "out/objects" / name).read_bytes() == (tmp_path / "one/objects" / name).read_bytes()
+    assert not (tmp_path / "out/present").exists() and done.stdout.count("objects/bbox") == 1
+
+
+def test_heads_of_one_source_share_one_pass_and_nothing_is_disturbed(run: Path) -> None:
+    config, annotations = parts_of(run)
+    detector = load_detector(checkpoint_of(run))
+    calls: list[list[str]] = []
+    original = detector.predict
+    detector.predict = lambda *a, heads: calls.append(list(heads)) or original(*a, heads=heads)  # type: ignore[method-assign]
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    random = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = evaluate_detector(detector, annotations, config=config, output_dir=None, weights="ema")
+    assert calls == [["objects", "present"]] * 4  # seven images in groups of two
+    assert torch.equal(torch.get_rng_state(), random[0]) and (np.random.get_state()[1] == random[1]).all()
+    assert not detector.training and all(torch.equal(t, before[n]) for n, t in detector.state_dict().items())
+    assert evaluate_detector(detector, annotations, config=config, output_dir=None, weights="ema") == first
+
+
+def test_stopping_leaves_no_half_result(run: Path, tmp_path: Path) -> None:
+    config, annotations = parts_of(run)
+    asked = iter([False, True])
+    metrics = evaluate_detector(
+        load_detector(checkpoint_of(run)),
+        annotations,
+        config=config,
+        output_dir=tmp_path,
+        weights="ema",
+        stop=lambda: next(asked),
+    )
+    assert metrics == {} and not list(tmp_path.iterdir())
+
+
+def test_results_are_in_original_ids_and_pixels(run: Path, tmp_path: Path) -> None:
+    """The images are resized to half: boxes in resized pixels would end in the left half."""
+    evaluate(checkpoint_of(run), output_dir=tmp_path, heads=["objects"], overrides=["eval.weights=ema"])
+    _, annotations = parts_of(run)
+    data = annotations["objects"]
+    sizes = dict(zip(data.image_ids.tolist(), data.sizes.tolist(), strict=True))
+    results = json.loads((tmp_path / "objects/results.json").read_text())
+    assert {r["image_id"] for r in results} <= set(sizes) and {r["category_id"] for r in results} <= set(
+        data.category_ids
+    )
+    assert results == sorted(results, key=lambda r: r["image_id"])
+    right = max((r["bbox"][0] + r["bbox"][2]) / sizes[r["image_id"]][1] for r in results)
+    assert 0.9 < right <= 1 + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"heads": ["object"]}, "'object' is not known; valid are objects, present"),
+        ({"overrides": ["data.shapes.val=null"]}, "no head of this checkpoint has data"),
+        ({"overrides": ["eval.batchsize=2"]}, "eval.batchsize"),
+        ({"overrides": ["data.shapes.val=null"], "heads": ["present"]}, "data.shapes has no 'val' split"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said(run: Path, arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate(checkpoint_of(run), **arguments)
+
+
+def test_predictions_of_files_and_folders(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = sorted((run / "data").rglob("*.png"))[:2]
+    pixels = np.asarray(Image.open(images[0]).convert("RGB"))
+    for name in ("a/one.png", "b/deep/one.png", "b/one.png", "细胞 ü.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "a/bad.jpg").write_bytes(b"no image")
+    inputs = [tmp_path / "a", tmp_path / "b", tmp_path / "细胞 ü.png", tmp_path / "none.png"]
+    entries = predict(checkpoint_of(run), inputs, output_dir=tmp_path / "out", threshold=0.0)
+    pictures = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png"))
+    stems = ["deep/one", "one", "one_2", "细胞 ü"]
+    assert pictures == sorted(f"{stem}.{head}.png" for stem in stems for head in ("objects", "present"))
+    assert json.loads((tmp_path / "out/predictions.json").read_text()) == entries
+    assert [Path(e["file_name"]).name for e in entries] == ["one.png", "one.png", "one.png", "细胞 ü.png"]
+    assert len({json.dumps(e["heads"]["objects"]).replace(f'"image_id": {e["id"]},', "") for e in entries}) == 1
+    found = entries[0]["heads"]["objects"][0]
+    assert {"bbox", "score", "category_id", "category", "image_id"} == set(found)
+    assert entries[0]["heads"]["present"][0]["category"] in ("circle", "rectangle", "triangle")
+    error = capsys.readouterr().err
+    assert error.count("skipped") == 2 and "bad.jpg" in error and "none.png" in error
+
+
+def test_predictions_are_those_that_evaluation_makes(run: Path, tmp_path: Path) -> None:
+    evaluate(checkpoint_of(run), output_dir=tmp_path, overrides=["eval.weights=ema", "eval.batch_size=1"])
+    _, annotations = parts_of(run)
+    data = annotations["objects"]
+    (entry,) = predict(checkpoint_of(run), data.path(0), threshold=0.0)
+    results = json.loads((tmp_path / "objects/results.json").read_text())
+    expected = [r["bbox"] for r in results if r["image_id"] == data.image_ids[0]]
+    assert [r["bbox"] for r in entry["heads"]["objects"]] == expected and expected
+
+
+def test_threshold_and_head_choose_what_is_said(run: Path) -> None:
+    image = next((run / "data").rglob("*.png"))
+    (all_of_them,) = predict(checkpoint_of(run), image, heads=["objects"])  # the head's own threshold is 0
+    scores = [r["score"] for r in all_of_them["heads"]["objects"]]
+    middle = sorted(scores)[len(scores) // 2]
+    (some,) = predict(checkpoint_of(run), image, heads=["objects"], threshold=middle)
+    assert [r["score"] for r in some["heads"]["objects"]] == [s for s in scores if s >= middle]
+    assert list(some["heads"]) == ["objects"] and 0 < len(some["heads"]["objects"]) < len(scores)
+
+
+def test_inputs_are_never_overwritten(run: Path, tmp_path: Path) -> None:
+    source = next((run / "data").rglob("*.png"))
+    for name in ("x.png", "x.objects.png"):
+        (tmp_path / name).write_bytes(source.read_bytes())
+    for _ in range(2):
+        predict(
+            checkpoint_of(run), [tmp_path / "x.png", tmp_path / "x.objects.png"], output_dir=tmp_path, heads=["objects"]
+        )
+    assert (tmp_path / "x.objects.png").read_bytes() == (tmp_path / "x.png").read_bytes() == source.read_bytes()
+    assert (tmp_path / "x_2.objects.png").exists()
+
+
+def test_earlier_pictures_inside_an_input_folder_are_no_inputs(tmp_path: Path) -> None:
+    for name in ("x.png", "out/x.objects.png", "other/y.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(name) for _, name in find_images([tmp_path], tmp_path / "out")] == ["other/y.jpg", "x.png"]
+
+
+def test_only_bad_inputs_exit_with_2(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict.py", str(checkpoint_of(run)), str(tmp_path / "none.png"), "--output-dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools/predict.py"), run_name="__main__")
+    assert ended.value.code == 2 and "error: no image to predict on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_config_gives_the_data_and_keeps_the_branches(run: Path, tmp_path: Path) -> None:
+    """Its batch size would not divide among torchrun's processes, which only matters to training."""
+    text = (run / "run/config.yaml").read_text().replace("size: 7", "size: 5").replace("/data", "/more")
+    (tmp_path / "other.yaml").write_text(text.replace("weights: both", "weights: ema"))
+    metrics = evaluate(checkpoint_of(run), config=tmp_path / "other.yaml", output_dir=tmp_path / "out")
+    assert {"objects/bbox/AP", "present/cls/mAP"} <= set(metrics) and metrics != logged(run, "ema")
+    ids = {r["image_id"] for r in json.loads((tmp_path / "out/present/results.json").read_text())}
+    assert len(ids) == 5
+    (tmp_path / "other.yaml").write_text(text.replace("present:", "absent:"))
+    with pytest.raises(UserError, match="'absent' is not known; valid are objects, present"):
+        evaluate(checkpoint_of(run), config=tmp_path / "other.yaml")
