@@ -80,6 +80,7 @@ class _Branch:
     def __init__(self, detector: Detector, name: str, annotations: Annotations, config: Config, draws: int) -> None:
         self.name, self.annotations = name, annotations
         head = cast(Head, detector.heads[name])
+        self._needs = head.needs
         self.evaluator = head.evaluator(annotations, engine=config.eval.engine)
         self._threshold: float = config.heads[name].threshold
         self._max_pixels = config.data[config.heads[name].data].max_pixels
@@ -104,8 +105,8 @@ class _Branch:
 
     def write_pictures(self, folder: Path, title: str) -> None:
         if self.samples:
-            grid = plots.samples_grid([s for _, s in self.samples], f"{title}, score {self._threshold} or more")
-            write_png(folder / "samples.png", grid)
+            least = "" if self._needs == "semantic" else f", score {self._threshold:g} or more"
+            write_png(folder / "samples.png", plots.samples_grid([s for _, s in self.samples], title + least))
         if (curves := self.evaluator.curves()) is not None:
             write_png(folder / "pr_curves.png", plots.pr_curves(curves, title))
 
