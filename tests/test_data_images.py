@@ -98,7 +98,8 @@ def test_unusable_files_are_bad_images_with_a_reason(tmp_path: Path) -> None:
     files = {
         "empty.jpg": (b"", "empty"),
         "text.jpg": (b"hello world, this is no image", "not an image"),
-        "cut.jpg": (jpeg[: len(jpeg) // 2], "(?i)truncated"),
+        "headless.jpg": (jpeg[: len(jpeg) // 4], "(?i)truncated"),
+        "cut.jpg": (jpeg[:-40], "(?i)truncated"),
         "cut.png": (png[: len(png) // 2], "decoded"),
         "flipped.png": (png[:90] + bytes([png[90] ^ 255]) + png[91:], "decoded"),
         "eps.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
