@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,9 @@ class Detector(nn.Module):
     State-dict keys: `backbone.<torchvision's own name>`, `neck.…`, `heads.<name>.…`.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, backbone: Backbone, neck: nn.Module, heads: dict[str, Head]) -> None:
         super().__init__()
         self.backbone = backbone
@@ -68,8 +71,14 @@ class Detector(nn.Module):
         self.loss_weights: dict[str, float] = {}
         self.frozen: tuple[str, ...] = ()
         self.norm_rules: tuple[freeze.NormRule, ...] = ()
-        self.constant = frozenset(n for n, p in self.named_parameters() if not p.requires_grad)  # made so by their module
+        self.constant = frozenset(
+            n for n, p in self.named_parameters() if not p.requires_grad
+        )  # made so by their module
         self._untouched: dict[str, list[str]] = {}
+
+    def head(self, name: str) -> Head:
+        """The branch `name`."""
+        return cast(Head, self.heads[name])
 
     def freeze(self, names: Sequence[str]) -> Self:
         """Freeze exactly these submodules; everything else is trained.
@@ -110,7 +119,7 @@ class Detector(nn.Module):
         features = self.features(batch.images, batch.sizes)
         losses: dict[str, Tensor] = {}
         for name in names:
-            head = self.heads[name]
+            head = self.head(name)
             for loss, value in head.loss(head(features), batch).items():
                 losses[f"{name}/{loss}"] = value * self.loss_weights.get(name, 1.0)
         if world_size() > 1 and self.training:
@@ -143,7 +152,7 @@ class Detector(nn.Module):
         """
         features = self.features(images, sizes)
         chosen = list(self.heads) if heads is None else list(heads)
-        return {name: self.heads[name].decode(self.heads[name](features), sizes) for name in chosen}
+        return {name: self.head(name).decode(self.head(name)(features), sizes) for name in chosen}
 
     def _carried(self) -> set[str]:
         return {f"heads.{name}" for name in self.heads if name not in self.sources}
@@ -179,7 +188,9 @@ def build_detector(config: Config, classes: Mapping[str, Any]) -> Detector:
         spec = HeadSpec(
             name, lists[name].names, neck.channels, neck.strides, config.backbone, keypoints=lists[name].keypoints
         )
-        if missing := [level for level in find_head(head_config.type).levels(head_config) if level not in neck.channels]:
+        if missing := [
+            level for level in find_head(head_config.type).levels(head_config) if level not in neck.channels
+        ]:
             raise UserError(
                 f"heads.{name}.levels: {missing} with neck.type {config.neck.type!r}; valid are {sorted(neck.channels)}"
             )

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from detbb.config import Config
 from detbb.errors import UserError
 
-
 T = TypeVar("T")
 
 

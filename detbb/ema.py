@@ -73,7 +73,7 @@ class Ema:
         self.tensors = {name: tensor.clone() for name, tensor in state["tensors"].items()}
 
 
-def view(detector: Detector, replaced: Mapping[str, Tensor] = {}) -> Detector:  # noqa: B006 (never written)
+def view(detector: Detector, replaced: Mapping[str, Tensor] = {}) -> Detector:
     """A detector of its own in eval mode that shares every tensor with `detector` but the replaced ones.
 
     Costs no tensor memory. Evaluating it leaves the live detector's mode, gradients and statistics alone.

@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
     def write(file: BinaryIO) -> None:
         writer = _RememberError(file)
         try:
-            torch.save(content, writer)
+            torch.save(content, cast(BinaryIO, writer))
         except RuntimeError as error:  # torch hides the operating system's error behind one of its own
             raise (writer.error or error) from error
 
@@ -124,7 +124,10 @@ def check_archive(path: Path) -> None:
 def _check_tensors(path: Path, content: Any) -> None:
     """Refuse tensors that claim more elements than are stored: reading one could take any amount of memory."""
     if isinstance(content, Tensor):
-        if content.layout != torch.strided or content.numel() * content.element_size() > content.untyped_storage().nbytes():
+        if (
+            content.layout != torch.strided
+            or content.numel() * content.element_size() > content.untyped_storage().nbytes()
+        ):
             raise BadFile(f"{path}: a tensor of shape {tuple(content.shape)} has fewer bytes stored than it claims")
     elif isinstance(content, dict):
         for value in content.values():

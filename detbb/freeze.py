@@ -128,7 +128,9 @@ def changed(detector: Detector, expected: dict[str, str]) -> list[str]:
 def explain(detector: Detector, names: Sequence[str]) -> str:
     """One line for a FrozenTensorChanged: which tensors, and what such a change can come from."""
     modules = dict(detector.named_modules())
-    awake = sorted({n.rpartition(".")[0] for n in names if getattr(modules.get(n.rpartition(".")[0]), "training", False)})
+    awake = sorted(
+        {n.rpartition(".")[0] for n in names if getattr(modules.get(n.rpartition(".")[0]), "training", False)}
+    )
     statistics = [n for n in names if n.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     causes = []
     if awake:

@@ -58,7 +58,9 @@ def build_optimizer(detector: Detector, config: OptimizerConfig, *, fused: bool 
     modules = {name for name, _ in detector.named_modules()} | {"backbone.stem"}
     for name in config.lr_mult:
         if name not in modules:
-            raise UserError(f"optimizer.lr_mult: {name!r} is not a submodule; valid are backbone, neck, heads.<name>, …")
+            raise UserError(
+                f"optimizer.lr_mult: {name!r} is not a submodule; valid are backbone, neck, heads.<name>, …"
+            )
     decays = decay_by_name(detector, config)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in detector.named_parameters():
@@ -71,7 +73,9 @@ def build_optimizer(detector: Detector, config: OptimizerConfig, *, fused: bool 
         sgd = torch.optim.SGD(list(groups.values()), lr=config.lr, momentum=config.momentum, fused=fused)
         if config.momentum:
             # The first step makes the buffer equal the gradient, as from zeros; the fused kernel wants all or none of them.
-            sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for g in sgd.param_groups for p in g["params"]})
+            sgd.state.update(
+                {p: {"momentum_buffer": torch.zeros_like(p)} for g in sgd.param_groups for p in g["params"]}
+            )
         return sgd
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=betas, fused=fused)

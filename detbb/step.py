@@ -71,7 +71,9 @@ def train_step(learner: Learner, batches: list[Batch], *, lr: float, stop: int, 
     folder: where an offending batch is saved. Raises: NonFinite: on all ranks together.
     """
     detector, optimizer = learner.detector, learner.optimizer
-    statistics = _moving_statistics(detector) if learner.config.on_nonfinite == "skip" or learner.scaler.is_enabled() else []
+    statistics = (
+        _moving_statistics(detector) if learner.config.on_nonfinite == "skip" or learner.scaler.is_enabled() else []
+    )
     optim.set_lr(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}

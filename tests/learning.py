@@ -79,7 +79,9 @@ def switch(learner: Learner, config: Config, frozen: list[str]) -> None:
     learner.model = wrap(learner.detector)
 
 
-def learn(learner: Learner, steps: int, *, first: int = 0, lr: float = 0.01, folder: Path = Path("."), **batch: Any) -> None:
+def learn(
+    learner: Learner, steps: int, *, first: int = 0, lr: float = 0.01, folder: Path = Path("."), **batch: Any
+) -> None:
     for step in range(first, first + steps):
         parts = [made_batch(step * 10 + k, **batch) for k in range(learner.config.accumulate)]
         train_step(learner, parts, lr=lr, stop=0, folder=folder, step=step)

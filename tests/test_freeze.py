@@ -197,7 +197,9 @@ def test_the_two_norm_switches_are_independent(part, statistics, affine):
 
 def test_an_unknown_name_lists_the_valid_ones():
     detector = small_detector(small_config())
-    with pytest.raises(UserError, match=r"'backbone.layer5' is not a submodule; valid are backbone, backbone.stem.*layer"):
+    with pytest.raises(
+        UserError, match=r"'backbone.layer5' is not a submodule; valid are backbone, backbone.stem.*layer"
+    ):
         detector.freeze(["backbone.layer5"])
 
 

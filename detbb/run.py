@@ -1,0 +1,175 @@
+"""A run as the loop holds it: what is due, logging, saving, and evaluating at a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detbb import freeze, optim, report
+from detbb.checkpoint import FORMAT_VERSION, CheckpointFolder, frozen_entry, versions
+from detbb.config import Config
+from detbb.config_loading import config_to_dict
+from detbb.data.annotations import Annotations
+from detbb.distributed import all_gather_objects, rank, world_size
+from detbb.ema import view
+from detbb.errors import Stopped
+from detbb.evaluate import evaluate_detector
+from detbb.log import RunLog
+from detbb.phases import Phase, phase_at
+from detbb.step import Learner, Outcome, read_losses
+from detbb.stopping import StopSignals
+
+
+@dataclass
+class Run:
+    """What the loop holds besides the learner."""
+
+    config: Config
+    folder: Path
+    phases: list[Phase]
+    train_data: dict[str, Annotations]
+    val_data: dict[str, Annotations]
+    learner: Learner
+    checkpoints: CheckpointFolder
+    log: RunLog
+    journal: report.FreezeJournal
+    stop: StopSignals
+    step: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+    best: float = float("-inf")
+    losses: dict[str, float] = field(default_factory=dict)  # as last logged
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    evaluated: set[tuple[int, str]] = field(default_factory=set)  # step and weights of what metrics.jsonl holds
+    bad_images: set[str] = field(default_factory=set)
+
+    @property
+    def steps(self) -> int:
+        return self.phases[-1].end
+
+
+def due(run: Run, every: int | None) -> bool:
+    return run.step == run.steps or (every is not None and run.step > 0 and run.step % every == 0)
+
+
+def after_step(run: Run, outcome: Outcome, *, lr: float, step_s: float, data_s: float) -> None:
+    """Log what is due. Losses leave the device only then."""
+    images = outcome.images * world_size()
+    for path in sorted(set(outcome.bad_images) - run.bad_images):
+        run.bad_images.add(path)
+        run.log.info(f"WARNING: left out an image that cannot be read ({len(run.bad_images)} so far): {path}")
+    if outcome.skipped:
+        run.log.info(f"WARNING: step {run.step} was skipped: a loss or gradient was not finite")
+    if run.step % run.config.log.every == 0 or run.step == run.steps:
+        values = read_losses(outcome)
+        run.losses = values
+        times = {"data_s": data_s, "step_s": step_s, "images_per_s": images / step_s}
+        run.log.train(run.step, {**values, "lr": lr, **times})
+    run.log.progress(run.step, run.steps, losses=run.losses, images=images, step_s=step_s, data_s=data_s)
+
+
+def check_gradients(run: Run, phase: Phase, missing: set[str]) -> set[str]:
+    """The trained parameters that had no gradient so far; says so once, ten steps (of each source) into the phase."""
+    if missing:
+        missing = {n for n, p in run.learner.detector.named_parameters() if n in missing and p.grad is None}
+        if missing and run.step == phase.start + 10 * len(run.train_data):
+            steps, names = run.step - phase.start, ", ".join(sorted(missing))
+            note = f"trained but without a gradient in the first {steps} steps: {names}"
+            run.log.info(f"WARNING: {note}")
+            if rank() == 0:
+                run.journal.find(note)
+    return missing
+
+
+def verify(run: Run) -> None:
+    """Compare every frozen tensor with its digest, on every rank; all ranks stop together if one differs."""
+    detector = run.learner.detector
+    changed = freeze.changed(detector, run.digests)
+    found = [(r, names) for r, names in enumerate(all_gather_objects(changed)) if names]
+    if found:
+        where = "" if world_size() == 1 else f"rank {found[0][0]}: "
+        raise freeze.FrozenTensorChanged(f"step {run.step}: {where}{freeze.explain(detector, found[0][1])}")
+    if rank() == 0:
+        run.journal.verified(run.step)
+
+
+def save(run: Run) -> None:
+    """Verify what is frozen, then write a checkpoint; rank 0 writes."""
+    if (difference := run.learner.statistics_difference()) > 0:
+        run.log.info(f"running statistics are averaged over ranks; their largest difference was {difference:.3g}")
+    verify(run)
+    if rank() == 0:
+        run.checkpoints.save(content(run))
+
+
+def content(run: Run) -> dict[str, Any]:
+    """The checkpoint of this moment; its tensors are the live ones."""
+    learner, detector = run.learner, run.learner.detector
+    return {
+        "format_version": FORMAT_VERSION,
+        "config": config_to_dict(run.config),
+        "step": run.step,
+        "phase": phase_at(run.phases, max(run.step - 1, 0)).index,
+        "model": {name: tensor.detach() for name, tensor in detector.state_dict().items()},
+        "ema": learner.ema.state_dict() if learner.ema is not None else None,
+        "optimizer": {"type": run.config.optimizer.type, "state": optim.state_by_name(learner.optimizer)},
+        "scaler": learner.scaler.state_dict(),
+        "rng": {"seed": run.config.seed, "torch": torch.get_rng_state()},
+        "data": {
+            "images": {name: len(a) for name, a in run.train_data.items()},
+            "batch_size": run.config.train.batch_size,
+            "skipped_in_row": learner.skipped_in_row,
+        },
+        "frozen": frozen_entry(detector, run.digests),
+        "classes": {name: classes.to_dict() for name, classes in detector.classes.items()},
+        "versions": versions(),
+    }
+
+
+def best_metric(run: Run) -> str:
+    """The metric that best.pt follows."""
+    if run.config.eval.best is not None:
+        return run.config.eval.best
+    heads = evaluated_heads(run)
+    trained = [n for n in heads if any(f"heads.{n}" not in phase.freeze for phase in run.phases)]
+    for name in [*trained, *heads]:  # a branch that rests all run long has no best moment
+        return f"{name}/{run.learner.detector.head(name).main_metric}"
+    return ""
+
+
+def evaluated_heads(run: Run) -> dict[str, Annotations]:
+    """The heads that this run evaluates, with their val split; carried ones are not its business."""
+    heads = {name: head for name, head in run.config.heads.items() if name not in run.config.carried}
+    return {name: run.val_data[head.data] for name, head in heads.items() if head.data in run.val_data}
+
+
+def missing_evaluations(run: Run) -> list[str]:
+    """The weights (`ema`, `model`) that this step is to be evaluated with and that are not in metrics.jsonl yet."""
+    chosen = run.config.eval.weights or "model"
+    kinds = ["ema", "model"] if chosen == "both" else [chosen]
+    return [kind for kind in kinds if evaluated_heads(run) and (run.step, kind) not in run.evaluated]
+
+
+def evaluate_now(run: Run) -> None:
+    """Evaluate every branch that has a val split, log it, and move best.pt, which follows the first weights evaluated."""
+    detector, heads = run.learner.detector, evaluated_heads(run)
+    for weights in missing_evaluations(run):
+        seen = run.learner.ema.view(detector) if weights == "ema" and run.learner.ema else view(detector)
+        second = weights == "model" and run.config.eval.weights == "both"
+        output = run.folder / "eval" / f"step_{run.step:07d}{'_model' if second else ''}"
+        metrics = evaluate_detector(
+            seen, heads, config=run.config, output_dir=output, weights=weights, stop=lambda: run.stop.received
+        )
+        if not metrics:  # a rank was asked to stop; this step's checkpoint is there, so --resume makes up for it
+            raise Stopped(max(all_gather_objects(run.stop.received)))
+        if not second:
+            run.metrics = metrics
+            if metrics.get(best_metric(run), float("-inf")) > run.best:
+                run.best = metrics[best_metric(run)]
+                if rank() == 0:
+                    run.checkpoints.mark_best(run.step, lambda: content(run))
+        pictures = {n: output / n / "samples.png" for n in heads if (output / n / "samples.png").exists()}
+        run.log.evaluation(run.step, weights, metrics, images=pictures)
+        run.evaluated.add((run.step, weights))

@@ -1,0 +1,243 @@
+"""Whole runs: what they leave, that they go on where they stopped, and what they refuse."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+
+import pytest
+import torch
+from runs import flat, learned, lines, load, tiny_config
+
+from detbb.checkpoint import KEYS, load_detector
+from detbb.errors import Stopped, UserError
+from detbb.evaluate import evaluate
+from detbb.freeze import FrozenTensorChanged
+from detbb.train import train
+
+# The package's attributes of these names are the functions.
+training = importlib.import_module("detbb.train")
+evaluation = importlib.import_module("detbb.evaluate")
+
+PHASES = "phases=[{steps: 3, freeze: [backbone, neck]}, {steps: 4, freeze: [backbone.stem]}, {freeze: [neck]}]"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tmp_path_factory.mktemp("images")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, images):
+    """An undisturbed run over three phases, with accumulation, clipping and evaluation."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = tiny_config(folder, PHASES, "train.accumulate=2", "train.grad_clip=1.0", "eval.every=5", data=images)
+    train(config)
+    return folder / "run"
+
+
+def stop_at(monkeypatch, step):
+    """A SIGTERM to this very process while step number `step` is learned."""
+    learn = training.train_step
+
+    def interrupted(*args, **kwargs):
+        if kwargs["step"] + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(*args, **kwargs)
+
+    monkeypatch.setattr(training, "train_step", interrupted)
+
+
+@pytest.mark.parametrize(("stops", "workers"), [((1,), 0), ((2, 3), 2), ((4, 7, 9), 0), ((6,), 2)])
+def test_stopped_and_resumed_runs_end_with_the_same_bits(monkeypatch, tmp_path, images, whole, stops, workers):
+    """In a phase, at a switch, just before and after; with other worker counts; several times."""
+    options = (PHASES, "train.accumulate=2", "train.grad_clip=1.0", "eval.every=5", f"train.workers={workers}")
+    for step in stops:
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(Stopped) as stopped:
+                train(tiny_config(tmp_path, *options, data=images), resume="auto")
+        assert stopped.value.signal == signal.SIGTERM and load(tmp_path / "run")["step"] == step
+    train(tiny_config(tmp_path, *options, data=images), resume="auto")
+    assert learned(tmp_path / "run") == learned(whole)
+    assert lines(tmp_path / "run", "train") == lines(whole, "train")
+    assert lines(tmp_path / "run", "val") == lines(whole, "val")
+    assert [line["step"] for line in lines(whole, "train")] == list(range(1, 11))
+
+
+def test_an_interrupted_evaluation_is_made_up_for(monkeypatch, tmp_path, images, whole):
+    config = tiny_config(tmp_path, PHASES, "train.accumulate=2", "train.grad_clip=1.0", "eval.every=5", data=images)
+    run_source = evaluation._run
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "_run", lambda *a: os.kill(os.getpid(), signal.SIGINT) or run_source(*a))
+        with pytest.raises(Stopped) as stopped:
+            train(config)
+    assert stopped.value.signal == signal.SIGINT and not lines(tmp_path / "run", "val")
+    train(config, resume="auto")
+    assert learned(tmp_path / "run") == learned(whole) and lines(tmp_path / "run", "val") == lines(whole, "val")
+
+
+def test_a_run_leaves_what_the_contract_names(whole):
+    for name in (
+        "config.yaml",
+        "log.txt",
+        "metrics.jsonl",
+        "freeze.json",
+        "checkpoints/last.pt",
+        "checkpoints/best.pt",
+    ):
+        assert (whole / name).is_file(), name
+    for name in ("results.json", "metrics.json", "pr_curves.png", "samples.png"):
+        assert (whole / "eval" / "step_0000010" / "shapes" / name).is_file(), name
+    assert list((whole / "tb").glob("events.*"))
+    assert {p.name for p in (whole / "checkpoints").iterdir()} == {
+        "best.pt", "last.pt", "step_0000007.pt", "step_0000008.pt", "step_0000010.pt"
+    }  # fmt: skip
+    content = load(whole)
+    assert tuple(content) == KEYS and content["step"] == 10 and content["phase"] == 2
+    assert all(name.split(".")[0] in ("backbone", "neck", "heads") for name in content["model"])
+    assert "backbone.layer1.0.bn1.running_mean" in content["model"]
+    assert not set(content["ema"]["tensors"]) & set(content["frozen"]["digests"])
+    assert content["frozen"]["names"] == ["neck"]
+
+
+def test_the_freeze_journal_has_every_phase_with_its_digests(whole):
+    phases = json.loads((whole / "freeze.json").read_text())["phases"]
+    assert [(p["start"], p["end"], p["freeze"]) for p in phases] == [
+        (0, 3, ["backbone", "neck"]), (3, 7, ["backbone.stem"]), (7, 10, ["neck"])
+    ]  # fmt: skip
+    assert [p["verified"] for p in phases] == [[2, 3], [4, 6, 7], [8, 10]]
+    assert all(len(value) == 64 for p in phases for value in p["digests"].values())
+    modules = {row["module"]: row for row in phases[0]["modules"]}
+    assert modules["backbone.layer1"]["trained"] == 0 and modules["backbone.layer1"]["statistics"] == "fixed"
+    assert modules["heads.shapes"]["ema"] == "yes" and modules["neck"]["ema"] == "no"
+
+
+def test_eval_of_best_gives_exactly_the_logged_numbers(whole, tmp_path):
+    logged = max(lines(whole, "val"), key=lambda line: line["shapes/bbox/AP"])
+    found = evaluate(whole / "checkpoints" / "best.pt", output_dir=tmp_path)
+    assert found == {k: v for k, v in logged.items() if "/" in k}
+    step = whole / "eval" / f"step_{logged['step']:07d}" / "shapes" / "results.json"
+    assert (tmp_path / "shapes" / "results.json").read_bytes() == step.read_bytes()
+
+
+def test_evaluation_on_or_off_learns_the_same_bits(tmp_path, images):
+    for name, options in (("off", ["data.shapes.val=null"]), ("on", ["eval.every=2", "eval.weights=both"])):
+        train(tiny_config(tmp_path, *options, name=name, data=images))
+    assert learned(tmp_path / "on") == learned(tmp_path / "off")
+
+
+def test_one_planted_bn_train_stops_the_run_and_names_the_norm(monkeypatch, tmp_path, images):
+    learn = training.train_step
+
+    def planted(learner, *args, **kwargs):
+        if kwargs["step"] == 4:
+            learner.detector.backbone.layer1[0].bn2.train()
+        return learn(learner, *args, **kwargs)
+
+    monkeypatch.setattr(training, "train_step", planted)
+    with pytest.raises(
+        FrozenTensorChanged, match=r"step 6: .*backbone\.layer1\.0\.bn2\.running_mean.*is in train mode"
+    ):
+        train(tiny_config(tmp_path, "freeze=[backbone]", data=images))
+    assert load(tmp_path / "run")["step"] == 4
+
+
+def test_a_run_folder_is_never_overwritten(whole, images):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="already holds a run; go on with --resume"):
+        train(tiny_config(whole.parent, data=images))
+    assert before == {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+
+
+def test_resume_without_a_checkpoint_is_a_fresh_start(tmp_path, images):
+    config = tiny_config(tmp_path, "train.steps=4", "data.shapes.val=null", data=images)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 0.0}\n')
+    train(config, resume="auto")
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["freeze=[backbone.stem]", "backbone.allow_random=false"], "backbone.stem has random weights"),
+        (["freeze=[neck]", "neck.allow_random=false"], "neck has random weights.*neck.allow_random: true"),
+        (["backbone.norm=frozen_bn", "backbone.allow_random=false"], "frozen_bn"),
+        (["freeze=[backbone, neck, heads.shapes]", "heads.shapes.allow_random=true"], "nothing would learn"),
+        (["freeze=[backbone.layer9]"], "not a submodule; valid are backbone"),
+        (["phases=[{steps: 20, freeze: [neck]}, {freeze: []}]"], "phases"),
+        (["optimizer.lr_mult={bakcbone: 0.1}"], "bakcbone"),
+        (["device=cuda"], "no CUDA device"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_start(tmp_path, images, options, message):
+    with pytest.raises(UserError, match=message):
+        train(tiny_config(tmp_path, *options, data=images))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_random_part_that_is_trained_later_is_only_warned_about(tmp_path, images):
+    phases = "phases=[{steps: 1, freeze: [backbone]}, {freeze: []}]"
+    config = tiny_config(tmp_path, phases, "backbone.allow_random=false", "train.steps=2", data=images)
+    train(config)
+    assert "backbone starts frozen with random weights" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_the_report_names_what_does_not_fit_together(tmp_path, images):
+    train(tiny_config(tmp_path, "freeze=[backbone, backbone.layer1]", "train.steps=2", data=images))
+    found = json.loads((tmp_path / "run" / "freeze.json").read_text())["phases"][0]["findings"]
+    assert found == ["freeze backbone.layer1: matches nothing new, the other names cover it"]
+
+
+def test_a_trained_parameter_without_gradient_is_reported_once(monkeypatch, tmp_path, images):
+    build = training.setup.build_detector
+
+    def with_dead_weight(*args):
+        detector = build(*args)
+        detector.heads["shapes"].dead = torch.nn.Parameter(torch.ones(2, 2))
+        return detector
+
+    monkeypatch.setattr(training.setup, "build_detector", with_dead_weight)
+    train(tiny_config(tmp_path, "train.steps=11", "data.shapes.val=null", data=images))
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert text.count("without a gradient in the first 10 steps: heads.shapes.dead") == 1
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_batch(monkeypatch, tmp_path, images):
+    from detbb.heads.fcos import FcosHead
+
+    honest = FcosHead.loss
+    calls = []
+
+    def poisoned(self, output, batch):
+        calls.append(1)
+        return {k: v * (float("nan") if len(calls) == 4 else 1.0) for k, v in honest(self, output, batch).items()}
+
+    monkeypatch.setattr(FcosHead, "loss", poisoned)
+    with pytest.raises(RuntimeError, match=r"step 3: a loss or gradient is not finite \(rank 0: losses .*image ids"):
+        train(tiny_config(tmp_path, data=images))
+    assert load(tmp_path / "run")["step"] == 2
+    saved = torch.load(tmp_path / "run" / "nonfinite_step_0000003_rank_0.pt", weights_only=True)
+    assert len(saved["batches"][0]["targets"]) == 4
+
+
+def test_skipping_leaves_no_trace_and_has_a_limit(monkeypatch, tmp_path, images):
+    from detbb.heads.fcos import FcosHead
+
+    honest = FcosHead.loss
+    monkeypatch.setattr(FcosHead, "loss", lambda *a: {k: v * float("inf") for k, v in honest(*a).items()})
+    config = tiny_config(tmp_path, "train.on_nonfinite=skip", "train.max_skipped=3", "checkpoint.every=1", data=images)
+    with pytest.raises(RuntimeError, match="step 3"):
+        train(config)
+    content = flat(load(tmp_path / "run")["model"])
+    assert load(tmp_path / "run")["step"] == 3
+    first = flat(load(tmp_path / "run", "step_0000001")["model"])
+    assert content == first
+
+
+def test_a_loaded_detector_predicts_alone(whole):
+    detector = load_detector(whole / "checkpoints" / "last.pt")
+    assert not detector.training and detector.classes["shapes"].names
