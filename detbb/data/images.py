@@ -155,7 +155,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _decode_whole_jpeg(data: bytes) -> np.ndarray | None:
-    """OpenCV takes half of Pillow's time, but before version 5 fills in what a cut file lacks: so the end must be there."""
+    """OpenCV takes half of Pillow's time, but before version 5 fills in what a cut file lacks: hence the check."""
     if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
         return None
     try:
