@@ -20,7 +20,15 @@ from detbb.config_loading import load_config
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = sorted((REPOSITORY / "detbb").rglob("*.py"))
 # What puts the parts together may import widely; everything else knows its neighbours.
-WIDE = {"detbb.train", "detbb.evaluate", "detbb.predict", "detbb.setup", "detbb.checkpoint", "detbb.export"}
+WIDE = {
+    "detbb.train",
+    "detbb.run",
+    "detbb.evaluate",
+    "detbb.predict",
+    "detbb.setup",
+    "detbb.checkpoint",
+    "detbb.export",
+}
 MOST_IMPORTS = 10
 
 

@@ -11,7 +11,7 @@ from detbb.cli import Parser, run
 def parse(arguments: list[str]):
     parser = Parser(
         "Train and evaluate every branch of a configuration.",
-        "python tools/train.py --config configs/shapes_fcos.yaml --resume train.steps=100 optimizer.lr=0.001",
+        "python tools/train.py --config configs/shapes_fcos.yaml train.steps=200 optimizer.lr=0.0005",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file; docs/config.md lists its keys")
     parser.add_argument(
