@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -124,15 +125,16 @@ def _run(
         rank=rank(),
         world_size=world_size(),
     )
-    for batch in loader:
-        for line in batch.bad_images:
-            print(f"WARNING: evaluated as a black image: {line}", file=sys.stderr)
-        if stop():
-            return False
-        predicted = detector.predict(batch.images.to(device), batch.sizes, heads=[b.name for b in branches])
-        for branch in branches:
-            for target, predictions in zip(batch.targets, predicted[branch.name], strict=True):
-                branch.take(target.image_id, on_cpu(predictions.to_original(target.size)))
+    with closing(iter(loader)) as batches:
+        for batch in batches:
+            for line in batch.bad_images:
+                print(f"WARNING: evaluated as a black image: {line}", file=sys.stderr)
+            if stop():
+                return False
+            predicted = detector.predict(batch.images.to(device), batch.sizes, heads=[b.name for b in branches])
+            for branch in branches:
+                for target, predictions in zip(batch.targets, predicted[branch.name], strict=True):
+                    branch.take(target.image_id, on_cpu(predictions.to_original(target.size)))
     return True
 
 

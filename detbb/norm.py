@@ -145,8 +145,11 @@ def _say_single_process() -> None:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, or the most that divide both 32 and `channels` (arXiv:1803.08494)."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """GroupNorm with 32 groups (arXiv:1803.08494), or fewer: they divide `channels` into two channels each at least.
+
+    A group of one channel would have nothing to normalise over on a level of one cell.
+    """
+    return nn.GroupNorm(math.gcd(32, max(channels // 2, 1)), channels)
 
 
 NORM_TYPES: dict[str, Callable[[int], nn.Module]] = {

@@ -38,6 +38,7 @@ class Run:
     journal: report.FreezeJournal
     stop: StopSignals
     step: int = 0
+    saved: int = -1  # the step of the newest checkpoint
     digests: dict[str, str] = field(default_factory=dict)
     best: float = float("-inf")
     losses: dict[str, float] = field(default_factory=dict)  # as last logged
@@ -102,6 +103,7 @@ def save(run: Run) -> None:
     verify(run)
     if rank() == 0:
         run.checkpoints.save(content(run))
+    run.saved = run.step
 
 
 def content(run: Run) -> dict[str, Any]:
@@ -159,11 +161,11 @@ def evaluate_now(run: Run) -> None:
         seen = run.learner.ema.view(detector) if weights == "ema" and run.learner.ema else view(detector)
         second = weights == "model" and run.config.eval.weights == "both"
         output = run.folder / "eval" / f"step_{run.step:07d}{'_model' if second else ''}"
-        metrics = evaluate_detector(
-            seen, heads, config=run.config, output_dir=output, weights=weights, stop=lambda: run.stop.received
-        )
-        if not metrics:  # a rank was asked to stop; this step's checkpoint is there, so --resume makes up for it
-            raise Stopped(max(all_gather_objects(run.stop.received)))
+        metrics = evaluate_detector(seen, heads, config=run.config, output_dir=output, weights=weights, stop=run.stop)
+        if signal := max(all_gather_objects(run.stop())):  # --resume makes up for this evaluation
+            if run.saved != run.step:
+                save(run)
+            raise Stopped(signal)
         if not second:
             run.metrics = metrics
             if metrics.get(best_metric(run), float("-inf")) > run.best:

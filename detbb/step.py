@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,10 +66,12 @@ class Outcome:
     bad_images: tuple[str, ...] = ()
 
 
-def train_step(learner: Learner, batches: list[Batch], *, lr: float, stop: int, folder: Path, step: int) -> Outcome:
+def train_step(
+    learner: Learner, batches: list[Batch], *, lr: float, stop: Callable[[], int], folder: Path, step: int
+) -> Outcome:
     """Learn from this rank's share of one step, given as `accumulate` batches of one source.
 
-    folder: where an offending batch is saved. Raises: NonFinite: on all ranks together.
+    stop: the signal that this process received so far, or 0. folder: where an offending batch is saved. Raises: NonFinite: on all ranks together.
     """
     detector, optimizer = learner.detector, learner.optimizer
     statistics = (
@@ -94,7 +97,7 @@ def train_step(learner: Learner, batches: list[Batch], *, lr: float, stop: int, 
     norm = torch.nn.utils.get_total_norm(gradients)
     loss_ok = torch.stack(list(sums.values())).isfinite().all()
     # The one synchronisation of a step: all ranks learn whether anything is not finite and whether anybody must stop.
-    flags = torch.stack([(~loss_ok).float(), (~norm.isfinite()).float(), norm.new_tensor(stop, dtype=torch.float32)])
+    flags = torch.stack([(~loss_ok).float(), (~norm.isfinite()).float(), norm.new_tensor(stop(), dtype=torch.float32)])
     bad_loss, bad_gradient, signal = (int(v) for v in maximum(flags).tolist())
     outcome = Outcome(sums, norm, sum(len(b.targets) for b in batches), signal, skipped=bool(bad_loss or bad_gradient))
     outcome.bad_images = tuple(path for b in batches for path in b.bad_images)
@@ -142,7 +145,8 @@ def _refuse(learner: Learner, batches: list[Batch], sums: dict[str, Tensor], *, 
     save_tensors(saved, {"step": step, "losses": terms, "batches": [_plain(b) for b in batches]})
     details = "; ".join(f"rank {r}: losses {t}, image ids {i}" for r, (t, i) in enumerate(everyone))
     raise NonFinite(
-        f"step {step}: a loss or gradient is not finite ({details}); no weight was changed, the batch is saved in {saved}"
+        f"step {step}: a loss or gradient is not finite ({details}); no weight was changed, "
+        f"the batch is saved in {saved}"
     )
 
 
@@ -158,7 +162,7 @@ def _plain(batch: Batch) -> dict[str, Any]:
 
 
 def read_losses(outcome: Outcome) -> dict[str, float]:
-    """The step's losses and gradient norm as numbers, over all ranks. One transfer from the device; every rank calls it."""
+    """The step's losses and gradient norm as numbers, over all ranks; every rank calls it."""
     values = mean(torch.stack([v.double() for v in outcome.losses.values()])).tolist()
     losses = dict(zip(outcome.losses, values, strict=True))
     return {"loss": sum(values), **losses, "grad_norm": float(outcome.grad_norm)}

@@ -27,6 +27,10 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def __call__(self) -> int:
+        """The signal that came, or 0."""
+        return self.received
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.received:
             os._exit(128 + number)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def prepare(config: Config, start: setup.Start, device: torch.device, stop: Stop
 
 def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     """Everything of a checkpoint but the model's tensors, which the detector started from."""
-    run.step = checkpoint["step"]
+    run.step = run.saved = checkpoint["step"]
     run.learner.skipped_in_row = checkpoint["data"]["skipped_in_row"]
     if run.learner.ema is not None and checkpoint["ema"] is not None:
         run.learner.ema.load_state_dict(checkpoint["ema"])
@@ -105,26 +106,24 @@ def train_phase(run: Run, phase: Phase, start: setup.Start) -> None:
     """Freeze, wrap, report, and train from the run's step to the phase's end."""
     learner, config = run.learner, run.config
     enter(run, phase, start)
-    batches = step_batches(run, phase)
     missing = {n for n, p in learner.detector.named_parameters() if p.requires_grad}
-    clock = time.perf_counter()
-    while run.step < phase.end:
-        batch, data_s = next(batches)
-        lr = config.optimizer.lr * optim.lr_factor(run.step, config.schedule, run.steps)
-        torch.manual_seed(config.seed * 1_000_003 + run.step)  # dropout: a function of (seed, step), not of the past
-        outcome = train_step(learner, batch, lr=lr, stop=run.stop.received, folder=run.folder, step=run.step)
-        run.step += 1
-        missing = check_gradients(run, phase, missing)
-        step_s = time.perf_counter() - clock
-        clock += step_s
-        after_step(run, outcome, lr=lr, step_s=step_s, data_s=data_s)
-        if run.step == phase.end or due(run, config.checkpoint.every) or outcome.stop:
-            save(run)
-        if outcome.stop:
-            raise Stopped(outcome.stop)
-        if due(run, config.eval.every):
-            evaluate_now(run)
-            clock = time.perf_counter()  # a step's time is the step's
+    with closing(step_batches(run, phase)) as batches:  # ends the workers, however this is left
+        clock = time.perf_counter()
+        for batch, data_s in batches:
+            lr = config.optimizer.lr * optim.lr_factor(run.step, config.schedule, run.steps)
+            torch.manual_seed(config.seed * 1_000_003 + run.step)  # dropout: a function of (seed, step) alone
+            outcome = train_step(learner, batch, lr=lr, stop=run.stop, folder=run.folder, step=run.step)
+            run.step += 1
+            missing = check_gradients(run, phase, missing)
+            step_s = time.perf_counter() - clock
+            after_step(run, outcome, lr=lr, step_s=step_s, data_s=data_s)
+            if run.step == phase.end or due(run, config.checkpoint.every) or outcome.stop:
+                save(run)
+            if outcome.stop:
+                raise Stopped(outcome.stop)
+            if due(run, config.eval.every):
+                evaluate_now(run)
+            clock = time.perf_counter()  # a step's time is the step's, not that of saving and evaluating
 
 
 def enter(run: Run, phase: Phase, start: setup.Start) -> None:
@@ -151,7 +150,7 @@ def enter(run: Run, phase: Phase, start: setup.Start) -> None:
         run.journal.begin(phase, rows, notes, run.digests)
 
 
-def step_batches(run: Run, phase: Phase) -> Iterator[tuple[list[Batch], float]]:
+def step_batches(run: Run, phase: Phase) -> Generator[tuple[list[Batch], float]]:
     """This rank's share of each step as `accumulate` batches, and the seconds spent waiting for them."""
     learning = run.learner.detector.learning()
     used = {run.config.heads[name].data for name in learning}
@@ -164,11 +163,11 @@ def step_batches(run: Run, phase: Phase) -> Iterator[tuple[list[Batch], float]]:
         rank=rank(),
         world_size=world_size(),
     )
-    iterator = iter(loader)
-    while True:
-        began = time.perf_counter()
-        batches = [next(iterator) for _ in range(run.config.train.accumulate)]
-        yield batches, time.perf_counter() - began
+    with closing(iter(loader)) as iterator:
+        for _ in range(run.step, phase.end):
+            began = time.perf_counter()
+            batches = [next(iterator) for _ in range(run.config.train.accumulate)]
+            yield batches, time.perf_counter() - began
 
 
 def finish(run: Run) -> None:

@@ -84,7 +84,7 @@ def learn(
 ) -> None:
     for step in range(first, first + steps):
         parts = [made_batch(step * 10 + k, **batch) for k in range(learner.config.accumulate)]
-        train_step(learner, parts, lr=lr, stop=0, folder=folder, step=step)
+        train_step(learner, parts, lr=lr, stop=lambda: 0, folder=folder, step=step)
 
 
 def copy_state(detector: Detector) -> dict[str, Tensor]:

@@ -181,13 +181,19 @@ def test_what_cannot_work_is_refused_at_the_start(tmp_path, images, options, mes
 
 def test_a_random_part_that_is_trained_later_is_only_warned_about(tmp_path, images):
     phases = "phases=[{steps: 1, freeze: [backbone]}, {freeze: []}]"
-    config = tiny_config(tmp_path, phases, "backbone.allow_random=false", "train.steps=2", data=images)
+    config = tiny_config(
+        tmp_path, phases, "backbone.allow_random=false", "train.steps=2", "schedule.warmup_steps=0", data=images
+    )
     train(config)
     assert "backbone starts frozen with random weights" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_the_report_names_what_does_not_fit_together(tmp_path, images):
-    train(tiny_config(tmp_path, "freeze=[backbone, backbone.layer1]", "train.steps=2", data=images))
+    train(
+        tiny_config(
+            tmp_path, "freeze=[backbone, backbone.layer1]", "train.steps=2", "schedule.warmup_steps=0", data=images
+        )
+    )
     found = json.loads((tmp_path / "run" / "freeze.json").read_text())["phases"][0]["findings"]
     assert found == ["freeze backbone.layer1: matches nothing new, the other names cover it"]
 

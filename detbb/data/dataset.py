@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import multiprocessing
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -180,7 +183,7 @@ class EvalDataset(Dataset):
 class BatchLoader(DataLoader):
     """A DataLoader that raises in the main process what its workers found wrong."""
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Generator[Batch]:  # type: ignore[override]
         for item in super().__iter__():
             if isinstance(item, UserError):
                 raise item
@@ -242,6 +245,8 @@ def eval_loader(
 
 
 def _loader(dataset: Dataset, batches: Any, workers: int, *, pin: bool) -> BatchLoader:
+    if workers:
+        _end_workers_at_exit()
     return BatchLoader(
         dataset,
         batch_sampler=batches,
@@ -254,12 +259,27 @@ def _loader(dataset: Dataset, batches: Any, workers: int, *, pin: bool) -> Batch
     )
 
 
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Once a process: kill the workers of loaders that are still referred to when it exits."""
+
+    def kill() -> None:
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+
+    atexit.register(kill)
+
+
 def _as_is(batch: Any) -> Any:
     return batch
 
 
 def _start_worker(worker: int) -> None:
-    """Workers leave signals to the main process, which saves first, and keep to one thread each."""
+    """Workers leave signals to the main process, which saves first, and keep to one thread each.
+
+    A process that exits asks its children to end by the very signal they ignore, and waits: see `_end_workers_at_exit`.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
