@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from detbb import freeze
-from detbb.config import Config
+from detbb.config import Config, DataConfig
 from detbb.config_loading import config_from_dict
 from detbb.detector import ClassList, Detector, build_detector
 from detbb.ema import view
 from detbb.errors import UserError
 from detbb.files import BadFile, link_atomically, load_tensors, save_tensors
+from detbb.heads import HeadConfig
 
 FORMAT_VERSION = 1
 KEYS = (
@@ -176,24 +177,30 @@ def evaluated_state(checkpoint: Mapping[str, Any], weights: str | None = None) -
     return {name: averages[name].to(tensor.dtype) if name in averages else tensor for name, tensor in model.items()}
 
 
-def add_carried_heads(config: Config, checkpoint: Mapping[str, Any]) -> dict[str, ClassList]:
-    """Enter the checkpoint's heads that `config` does not list, as carried ones; returns their classes.
+def add_carried_heads(
+    config: Config, checkpoint: Mapping[str, Any], *, only: Collection[str] | None = None
+) -> dict[str, ClassList]:
+    """Enter the checkpoint's heads that `config` does not list (of these, `only`) as carried ones.
 
-    Their data source comes along under its own name, or `<head>_<name>` where that name means something else here.
+    Returns the classes of all carried heads, those included that `config` names already (a run's own config.yaml does).
     """
     stored = config_from_dict(checkpoint["config"], origin="the checkpoint's stored config")
-    classes: dict[str, ClassList] = {}
     for name, head in stored.heads.items():
-        if name in config.heads:
-            continue
-        source = head.data
-        if source in config.data and config.data[source] != stored.data[source]:
-            head.data = f"{name}_{source}"
-        config.data[head.data] = stored.data[source]
-        config.heads[name] = head
-        config.carried.append(name)
-        classes[name] = ClassList.of(checkpoint["classes"][name])
-    return classes
+        if name not in config.heads and (only is None or name in only):
+            carry(config, name, head, stored.data[head.data])
+    return {n: ClassList.of(checkpoint["classes"][n]) for n in config.carried if n in checkpoint["classes"]}
+
+
+def carry(config: Config, name: str, head: HeadConfig, source: DataConfig) -> None:
+    """Enter a head as a carried one.
+
+    Its data comes along under its own name, or `<head>_<name>` where that name means something else here.
+    """
+    while config.data.get(head.data, source) != source:
+        head.data = f"{name}_{head.data}"
+    config.data[head.data] = source
+    config.heads[name] = head
+    config.carried.append(name)
 
 
 def init_from(detector: Detector, checkpoint: Mapping[str, Any], source: str) -> InitReport:
@@ -207,9 +214,10 @@ def init_from(detector: Detector, checkpoint: Mapping[str, Any], source: str) ->
     own = detector.state_dict()
     last_layers = {
         f"heads.{name}.{tensor}"
-        for name, head in detector.heads.items()
-        if name in checkpoint["classes"] and ClassList.of(checkpoint["classes"][name]).names != detector.classes[name].names
-        for tensor in head.class_tensors()
+        for name in detector.heads
+        if name in checkpoint["classes"]
+        and ClassList.of(checkpoint["classes"][name]).names != detector.classes[name].names
+        for tensor in detector.head(name).class_tensors()
     }
     for name, tensor in own.items():
         if name not in given:

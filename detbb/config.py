@@ -194,8 +194,8 @@ class EvalConfig:
     engine: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """What computes COCO AP; both give the same numbers."""
     best: str | None = None
-    """The metric that `best.pt` follows, such as `objects/bbox/AP`; `null`: the main metric of the first head with a
-    val split."""
+    """The metric that `best.pt` follows, such as `objects/bbox/AP`; `null`: the main metric of the first head that is
+    trained and has a val split."""
 
 
 @dataclass
@@ -240,8 +240,8 @@ class Config:
     """The branches by name: `{type, data, …the head's own arguments}`; after loading, each is its head's config
     dataclass."""
     carried: list[str] = field(default_factory=list)
-    """Filled in by the run: heads of `init_from` that the file does not list. They are kept to the bit and not
-    evaluated."""
+    """Filled in by the run: heads of `init_from` that the file does not list. They are kept to the bit, and evaluated
+    by `tools/eval.py` alone."""
     freeze: list[str] = field(default_factory=list)
     """Submodules frozen for the whole run. Give this or `phases`."""
     phases: list[PhaseConfig] = field(default_factory=list)

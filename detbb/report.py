@@ -74,11 +74,20 @@ def findings(detector: Detector, phase: Phase) -> list[str]:
             lines.append(f"freeze {name}: holds no parameter and no buffer, so freezing it does nothing")
         elif tensors[name] <= others or name in phase.freeze[:index]:
             lines.append(f"freeze {name}: matches nothing new, the other names cover it")
+    frozen = set(freeze.frozen_names(detector))
+    rest = [f"heads.{name}" for name in detector.heads if _tensors(detector, f"heads.{name}") <= frozen]
+    moving = [part for part in ("backbone", "neck") if not _tensors(detector, part) <= frozen]
+    if rest and moving:
+        lines.append(
+            f"{', '.join(rest)}: frozen while {' and '.join(moving)} is trained, so its predictions may change"
+        )
     return lines
 
 
 def table(phase: Phase, report: Sequence[Row]) -> Table:
-    made = Table(title=f"phase {phase.index}: steps {phase.start} to {phase.end}, frozen: {_names(phase)}", title_justify="left")
+    made = Table(
+        title=f"phase {phase.index}: steps {phase.start} to {phase.end}, frozen: {_names(phase)}", title_justify="left"
+    )
     for title in ("module", "trained", "total", "norm", "statistics", "affine", "lr", "weight decay", "ema"):
         made.add_column(title, justify="right" if title in ("trained", "total") else "left")
     for row in report:
@@ -130,6 +139,17 @@ class FreezeJournal:
     def find(self, note: str) -> None:
         self._entries[-1]["findings"].append(note)
         self._write()
+
+    def unchanged(self, detector: Detector) -> str | None:
+        """A line on the tensors that had one and the same digest in every phase; None if there is none."""
+        digests = [entry["digests"] for entry in self._entries]
+        same = {name for name in digests[0] if len({d.get(name) for d in digests}) == 1} if digests else set()
+        found = []
+        for part in freeze.parts(detector):
+            tensors = _tensors(detector, part)
+            if (count := len(tensors & same)) and not part.startswith("backbone."):
+                found.append(f"{part} ({'all' if count == len(tensors) else f'{count} of'} {len(tensors)} tensors)")
+        return f"unchanged to the bit since the start (SHA-256, freeze.json): {', '.join(found)}" if found else None
 
     def _write(self) -> None:
         text = json.dumps({"phases": self._entries}, indent=1, ensure_ascii=False)

@@ -104,7 +104,9 @@ def read_sources(config: Config) -> tuple[dict[str, Annotations], dict[str, Anno
                     continue
                 for need in sorted(needs):
                     if not annotations.has(need):
-                        heads = [h for h, c in config.heads.items() if c.data == name and find_head(c.type).needs == need]
+                        heads = [
+                            h for h, c in config.heads.items() if c.data == name and find_head(c.type).needs == need
+                        ]
                         raise UserError(f"heads.{heads[0]}: needs {need}, which data.{name}.{split} does not hold")
                 found[name] = annotations
             if name not in train or not len(train[name]):
@@ -112,6 +114,17 @@ def read_sources(config: Config) -> tuple[dict[str, Annotations], dict[str, Anno
         if rank() == 0:
             rank0_first()
     return train, val
+
+
+def check_data(detector: Detector, config: Config, splits: list[dict[str, Annotations]]) -> None:
+    """Let every head look at its data before step 0. Raises: UserError: one cannot learn from it."""
+    for name, source in detector.sources.items():
+        for split in splits:
+            if source in split:
+                try:
+                    detector.head(name).check_data(split[source])
+                except UserError as error:
+                    raise UserError(f"heads.{name}: {error}") from None
 
 
 def class_lists(config: Config, train: dict[str, Annotations]) -> dict[str, ClassList]:
@@ -134,32 +147,39 @@ def total_steps(config: Config, train: dict[str, Annotations]) -> int:
     return math.ceil(config.train.epochs * longest / config.train.batch_size)
 
 
-def start_detector(config: Config, start: Start, train: dict[str, Annotations]) -> tuple[Detector, list[str]]:
-    """The detector with the weights the run starts from, and lines that say where they come from.
+def start_detector(config: Config, start: Start, train: dict[str, Annotations]) -> tuple[Detector, list[str], set[str]]:
+    """The detector with the weights the run starts from, lines that say whence, and the tensors that no file gave.
 
-    Carried heads are entered into `config`. Raises: UserError: weights do not fit; a part would stay random for good.
+    Carried heads are entered into `config`. Raises: UserError: weights or carried heads do not fit.
     """
     torch.manual_seed(config.seed)
+    given = start.checkpoint
+    if given is None and config.init_from is not None:
+        given = checkpoints.open_checkpoint(config.init_from)
     classes = class_lists(config, train)
-    if start.checkpoint is not None:
-        if set(start.checkpoint["config"].get("carried", [])) - set(config.carried):
-            classes |= checkpoints.add_carried_heads(config, start.checkpoint)
-        _check_same_classes(classes, start.checkpoint)
-        detector = build_detector(config, classes)
-        _load_exactly(detector, start.checkpoint)
-        return detector, []
-    if config.init_from is None:
-        detector = build_detector(config, classes)
-        return detector, _load_weights(config, detector)
-    given = checkpoints.open_checkpoint(config.init_from)
-    classes |= checkpoints.add_carried_heads(config, given)
+    if given is not None:  # what a resumed run did not carry is no head of it: see _load_exactly
+        only = None if start.checkpoint is None else given["config"]["carried"]
+        classes |= checkpoints.add_carried_heads(config, given, only=only)
+    if unknown := [name for name in config.carried if name not in classes]:
+        raise UserError(f"carried: {unknown[0]!r} is no head of what the run starts from; leave it out")
     detector = build_detector(config, classes)
-    report = checkpoints.init_from(detector, given, config.init_from)
-    report.carried = list(config.carried)
-    lines = report.lines()
-    if not any(name.startswith("backbone.") for name in report.loaded):
+    if start.checkpoint is not None:
+        _check_same_classes(classes, start.checkpoint)
+        _load_exactly(detector, start.checkpoint)
+        return detector, [], set()
+    lines: list[str] = []
+    random = set(detector.state_dict())
+    parts = [f"heads.{n}.{p}." for n, h in detector.heads.items() for p in getattr(h, "backbone_parts", ())]
+    pretrained = {name for name in random if name.startswith(("backbone.", *parts))}
+    if config.backbone.weights is not None and (given is None or pretrained - set(given["model"])):
         lines += _load_weights(config, detector)
-    return detector, lines
+        random -= pretrained
+    if given is not None:  # after the weights: these go into what the checkpoint lacks
+        report = checkpoints.init_from(detector, given, str(config.init_from))
+        report.carried = list(config.carried)
+        lines += report.lines()
+        random = random - set(report.loaded) | set(report.reset)
+    return detector, lines, random
 
 
 def refuse_random(config: Config, phases: list[Phase], detector: Detector, random: set[str]) -> list[str]:
@@ -190,31 +210,16 @@ def refuse_random(config: Config, phases: list[Phase], detector: Detector, rando
     return warnings
 
 
-def random_tensors(config: Config, start: Start, detector: Detector) -> set[str]:
-    """State-dict names whose values no checkpoint or weight file gave."""
-    names = set(detector.state_dict())
-    if start.checkpoint is not None:
-        return set()
-    if config.init_from is not None:
-        given = checkpoints.open_checkpoint(config.init_from)
-        names -= set(given["model"])
-    if config.backbone.weights is not None:
-        heads = [f"heads.{n}.{p}." for n, h in detector.heads.items() for p in getattr(h, "backbone_parts", ())]
-        names = {n for n in names if not n.startswith(("backbone.", *heads))}
-    return names
-
-
 def _covers(frozen: tuple[str, ...], name: str) -> bool:
     return any(name == f or name.startswith(f + ".") for f in frozen)
 
 
 def _load_weights(config: Config, detector: Detector) -> list[str]:
-    if config.backbone.weights is None:
-        return []
+    assert config.backbone.weights is not None
     with agreed():
         coverage = load_backbone_weights(detector.backbone, config.backbone.weights)
-        for head in detector.heads.values():
-            head.load_backbone_weights(coverage.state)
+        for name in detector.heads:
+            detector.head(name).load_backbone_weights(coverage.state)
     return [coverage.table(), *coverage.notes]
 
 
@@ -244,7 +249,7 @@ def config_changes(config: Config, checkpoint: dict[str, Any]) -> list[str]:
     lines = []
     now, then = _flat(config_to_dict(config)), _flat(checkpoint["config"])
     for key in dict.fromkeys([*now, *then]):
-        if now.get(key) != then.get(key) and key not in ("output_dir", "carried"):
+        if now.get(key) != then.get(key) and key != "output_dir":
             lines.append(f"WARNING: resuming with another {key}: {then.get(key)!r} before, {now.get(key)!r} now")
     return lines
 
