@@ -38,22 +38,20 @@ def coco_results(
     """Entries in COCO results format of one image's predictions in original pixels, on the CPU.
 
     Boxes are xywh; masks are compressed RLE of the whole image, a semantic map is one mask a class; an image-level
-    entry holds all scores. Raises FloatingPointError: a number is not finite (engines count NaN boxes as hits).
+    entry holds all scores, a value is one entry a class. Raises FloatingPointError: a number is not finite (engines
+    count NaN boxes as hits).
     """
-    for name in ("boxes", "scores", "keypoints", "probabilities"):
+    for name in ("boxes", "scores", "keypoints", "probabilities", "values"):
         value = getattr(predictions, name)
         if value is not None and not value.isfinite().all():
             raise FloatingPointError(f"predicted {name} of image {image_id} are not finite: {value}")
     if predictions.semantic is not None:
         semantic = predictions.semantic.numpy()
-        return [
-            {
-                "image_id": image_id,
-                "category_id": int(category_ids[label]),
-                "segmentation": encode_mask(semantic == label),
-            }
-            for label in np.unique(semantic)
-        ]
+        masks = {int(category_ids[label]): encode_mask(semantic == label) for label in np.unique(semantic)}
+        return [{"image_id": image_id, "category_id": c, "segmentation": mask} for c, mask in masks.items()]
+    if predictions.values is not None:
+        pairs = zip(category_ids, predictions.values.tolist(), strict=True)
+        return [{"image_id": image_id, "category_id": int(number), "value": value} for number, value in pairs]
     if predictions.probabilities is not None:
         best = int(predictions.probabilities.argmax())
         scores = predictions.probabilities.tolist()

@@ -50,7 +50,7 @@ def draw_predictions(
     threshold: float = 0.5,
     longest_side: int | None = None,
 ) -> np.ndarray:
-    """The image with boxes, masks, keypoints, image labels, or a semantic overlay and legend: (H', W', 3) uint8 RGB.
+    """The image with boxes, masks, keypoints, labels, values, or a semantic overlay and legend: (H', W', 3) uint8 RGB.
 
     `image` is (H, W, 3) uint8 RGB and `predictions` are in its pixels, on the CPU; masks are probabilities in the
     boxes, or (n, H, W) bool. Without scores (ground truth) everything is drawn, else what reaches `threshold`. Small
@@ -70,8 +70,9 @@ def draw_predictions(
     shown.masks = predictions.masks
     if predictions.semantic is not None:
         return _with_legend(canvas, predictions.semantic.numpy(), classes)
-    if predictions.probabilities is not None:
-        return _with_image_labels(canvas, predictions.probabilities.numpy(), classes, threshold)
+    said = predictions.probabilities if predictions.values is None else predictions.values
+    if said is not None:
+        return _with_image_labels(canvas, said.numpy(), classes, threshold)
     return _with_objects(canvas, shown, classes, threshold)
 
 
@@ -172,15 +173,15 @@ def _with_legend(canvas: Image.Image, semantic: np.ndarray, classes: Sequence[st
 
 
 def _with_image_labels(
-    canvas: Image.Image, probabilities: np.ndarray, classes: Sequence[str], threshold: float
+    canvas: Image.Image, numbers: np.ndarray, classes: Sequence[str], threshold: float
 ) -> np.ndarray:
-    """The classes that reach the threshold, or the best one, in the upper left corner."""
+    """The classes whose probability or value reaches the threshold, or the best one, in the upper left corner."""
     font = _font(max(13, round(max(canvas.size) / 40)))
-    order = [int(label) for label in np.argsort(-probabilities, kind="stable")]
-    chosen = [label for label in order if probabilities[label] >= threshold] or order[:1]
+    order = [int(label) for label in np.argsort(-numbers, kind="stable")]
+    chosen = [label for label in order if numbers[label] >= threshold] or order[:1]
     rows = [4 + row * font.size * 1.7 for row in range(len(chosen))]
     tags = [
-        ([4.0, y, 4.0, y], f"{classes[label]} {probabilities[label]:.2f}", class_colour(label))
+        ([4.0, y, 4.0, y], f"{classes[label]} {numbers[label]:.2f}", class_colour(label))
         for y, label in zip(rows, chosen, strict=True)
     ]
     _draw_tags(ImageDraw.Draw(canvas), tags, font)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +24,7 @@ class Predictions:
     keypoints: Tensor | None = None  # (n, K, 3) float32: x, y, score
     semantic: Tensor | None = None  # (C, h, w) float32 logits; after to_original (h, w) uint8 labels
     probabilities: Tensor | None = None  # (C,) float32 in [0, 1]
+    values: Tensor | None = None  # (C,) float32: any number for each class, such as a count
 
     def to_original(self, size: ImageSize) -> Predictions:
         """The same in pixels of the image on disk."""
@@ -37,4 +38,4 @@ class Predictions:
         if semantic is not None:
             resized = F.interpolate(semantic[None], size=size.original_hw, mode="bilinear", align_corners=False)
             semantic = resized[0].argmax(0).byte()
-        return Predictions(boxes, self.scores, self.labels, self.masks, keypoints, semantic, self.probabilities)
+        return replace(self, boxes=boxes, keypoints=keypoints, semantic=semantic)

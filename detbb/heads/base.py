@@ -105,7 +105,7 @@ class Head(nn.Module):
     @classmethod
     def levels(cls, config: Any) -> tuple[str, ...]:
         """The feature levels it reads: `layer1 … layer4` of the backbone, `p2 … p7` and `pool` of the FPN."""
-        raise NotImplementedError
+        return tuple(config.levels)
 
     def forward(self, features: dict[str, Tensor]) -> HeadOutput:
         """`features[level]`: (B, C, H / stride, W / stride), of the padded batch."""

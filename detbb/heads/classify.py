@@ -54,10 +54,6 @@ class ClassifyHead(Head):
             {level: nn.Conv2d(spec.channels[level], len(spec.classes), kernel_size=1) for level in self.picked_levels}
         )
 
-    @classmethod
-    def levels(cls, config: ClassifyConfig) -> tuple[str, ...]:
-        return tuple(config.levels)
-
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Logits of every cell, by level: (B, C, H / stride, W / stride)."""
         return {level: linear(self.dropout(features[level])) for level, linear in self.classifier.items()}

@@ -92,10 +92,6 @@ class DenseHead(Head):
             if not 0 <= (value := getattr(config, key)) <= 1:
                 raise UserError(f"heads.{spec.name}.{key}: {value}; valid are 0 … 1")
 
-    @classmethod
-    def levels(cls, config: DenseConfig) -> tuple[str, ...]:
-        return tuple(config.levels)
-
     def boxes(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         """The predicted boxes (n, 4) of n anchors."""
         raise NotImplementedError

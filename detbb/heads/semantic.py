@@ -57,10 +57,6 @@ class SemanticHead(Head):
         )
         self.classifier = nn.Conv2d(config.channels, len(spec.classes), kernel_size=1)
 
-    @classmethod
-    def levels(cls, config: SemanticConfig) -> tuple[str, ...]:
-        return tuple(config.levels)
-
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """Logits (B, C, h, w) at the finest level."""
         finest, *coarser = self.picked_levels
