@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from detbb import freeze
 from detbb.backbone import Backbone, build_resnet
 from detbb.config import Config
+from detbb.data import read_split
+from detbb.data.annotations import Annotations
 from detbb.data.batch import Batch, ImageSize
 from detbb.distributed import world_size
 from detbb.errors import UserError
@@ -39,6 +41,12 @@ class ClassList:
             "category_ids": [int(i) for i in self.category_ids],
             "keypoints": list(self.keypoints),
         }
+
+    @classmethod
+    def of_data(cls, annotations: Annotations) -> ClassList:
+        """What the labels of a data source mean."""
+        ids = tuple(int(i) for i in annotations.category_ids)
+        return cls(annotations.classes, ids, annotations.keypoint_names)
 
     @classmethod
     def of(cls, value: ClassList | Mapping[str, Any] | Sequence[str]) -> ClassList:
@@ -169,13 +177,15 @@ class Detector(nn.Module):
         return torch.stack(zeros).sum() if zeros else self.pixel_mean.new_zeros(())
 
 
-def build_detector(config: Config, classes: Mapping[str, Any]) -> Detector:
+def build_detector(config: Config, classes: Mapping[str, Any] | None = None) -> Detector:
     """A detector with fresh weights in train mode, frozen as the first phase says.
 
-    classes: head name -> ClassList, its dict form, or plain class names.
+    classes: head name -> ClassList, its dict form, or plain class names; None reads them from the training data.
 
-    Raises: UserError: a head asks for levels that backbone and neck do not offer.
+    Raises: UserError: a head asks for levels that backbone and neck do not offer; the data cannot be read.
     """
+    if classes is None:
+        classes = read_classes(config)
     levels: list[str] = []
     for head in config.heads.values():
         levels += [level for level in find_head(head.type).levels(head) if level not in levels]
@@ -205,6 +215,17 @@ def build_detector(config: Config, classes: Mapping[str, Any]) -> Detector:
         detector.double()
     first = config.phases[0].freeze if config.phases else config.freeze
     return detector.freeze([*first, *(f"heads.{n}" for n in config.carried)])
+
+
+def read_classes(config: Config) -> dict[str, ClassList]:
+    """The classes of every head, from the training split of its data."""
+    found = {}
+    for name, head in config.heads.items():
+        annotations = read_split(config.data[head.data], "train", head.data)
+        if annotations is None:
+            raise UserError(f"data.{head.data}.train: no training split to read the classes of heads.{name} from")
+        found[name] = ClassList.of_data(annotations)
+    return found
 
 
 def _norm_rules(config: Config, detector: Detector) -> tuple[freeze.NormRule, ...]:
