@@ -109,7 +109,7 @@ class Detector(nn.Module):
         return self
 
     def normalize(self, images: Tensor, sizes: Sequence[ImageSize]) -> Tensor:
-        """(B, 3, H, W) uint8 RGB -> the network's input, with padding at exactly 0 (as in torchvision and Detectron2)."""
+        """(B, 3, H, W) uint8 RGB -> the network's input, with padding at exactly 0, as in torchvision and Detectron2."""
         x = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         for image, size in zip(x, sizes, strict=True):
             height, width = size.hw

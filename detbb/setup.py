@@ -127,16 +127,6 @@ def check_data(detector: Detector, config: Config, splits: list[dict[str, Annota
                     raise UserError(f"heads.{name}: {error}") from None
 
 
-def class_lists(config: Config, train: dict[str, Annotations]) -> dict[str, ClassList]:
-    """The classes of every head that is not carried, from its data."""
-    found = {}
-    for name, head in config.heads.items():
-        if name not in config.carried:
-            a = train[head.data]
-            found[name] = ClassList(a.classes, tuple(int(i) for i in a.category_ids), a.keypoint_names)
-    return found
-
-
 def total_steps(config: Config, train: dict[str, Annotations]) -> int:
     """Optimizer steps of the run; `epochs` counts passes over every data source, the slowest one included."""
     if config.train.steps is not None:
@@ -156,7 +146,7 @@ def start_detector(config: Config, start: Start, train: dict[str, Annotations]) 
     given = start.checkpoint
     if given is None and config.init_from is not None:
         given = checkpoints.open_checkpoint(config.init_from)
-    classes = class_lists(config, train)
+    classes = {n: ClassList.of_data(train[h.data]) for n, h in config.heads.items() if n not in config.carried}
     if given is not None:  # what a resumed run did not carry is no head of it: see _load_exactly
         only = None if start.checkpoint is None else given["config"]["carried"]
         classes |= checkpoints.add_carried_heads(config, given, only=only)
@@ -197,8 +187,8 @@ def refuse_random(config: Config, phases: list[Phase], detector: Detector, rando
             continue
         if all(_covers(phase.freeze, name) for phase in phases):
             raise UserError(
-                f"freeze: {name} has random weights and would never be trained, so everything after it would learn from "
-                f"noise; give weights (backbone.weights or init_from), or say {part}.allow_random: true"
+                f"freeze: {name} has random weights and would never be trained, so what follows it would learn from noise; "
+                f"give weights (backbone.weights or init_from), or say {part}.allow_random: true"
             )
         warnings.append(f"WARNING: {name} starts frozen with random weights; it is trained in a later phase")
     frozen_norms = [n for n, m in detector.backbone.named_modules() if isinstance(m, FrozenBatchNorm2d)]
