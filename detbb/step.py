@@ -71,7 +71,8 @@ def train_step(
 ) -> Outcome:
     """Learn from this rank's share of one step, given as `accumulate` batches of one source.
 
-    stop: the signal that this process received so far, or 0. folder: where an offending batch is saved. Raises: NonFinite: on all ranks together.
+    stop: gives the signal that this process received so far, or 0. folder: where an offending batch is saved.
+    Raises: NonFinite: on all ranks together.
     """
     detector, optimizer = learner.detector, learner.optimizer
     statistics = (
