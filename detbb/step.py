@@ -48,7 +48,7 @@ class Learner:
         return 0.0 if seen is None else float(maximum(seen))
 
     def share_statistics(self) -> None:
-        """Average moving statistics over ranks, at every step: then no rank holds a state of its own that could be lost."""
+        """Average moving statistics over ranks, at every step: so no rank holds a state that could be lost."""
         difference = average_statistics(self.detector)
         if difference is not None:
             self._difference = difference if self._difference is None else torch.maximum(self._difference, difference)
@@ -75,9 +75,8 @@ def train_step(
     Raises: NonFinite: on all ranks together.
     """
     detector, optimizer = learner.detector, learner.optimizer
-    statistics = (
-        _moving_statistics(detector) if learner.config.on_nonfinite == "skip" or learner.scaler.is_enabled() else []
-    )
+    may_skip = learner.config.on_nonfinite == "skip" or learner.scaler.is_enabled()
+    statistics = _moving_statistics(detector) if may_skip else []
     optim.set_lr(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
