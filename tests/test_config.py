@@ -304,13 +304,6 @@ def test_a_stored_config_is_read_as_strictly_and_without_the_environment(file: P
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda p: p.name)
-def test_every_config_of_the_project_is_valid_and_opens_with_its_command(path: Path):
-    load_config(path)
-    header = path.read_text().split("\n\n")[0:3]
-    assert "tools/train.py --config " + str(path.relative_to(REPOSITORY)) in "\n".join(header)
-
-
 def test_docs_are_current():
     assert DOCS.read_text() == make_docs(), "run: make docs"
 

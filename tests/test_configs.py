@@ -1,0 +1,78 @@
+"""Every file in configs/ and examples/ is a run that could start: it loads, its detector builds, its phases fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from detbb.config_loading import load_config
+from detbb.detector import build_detector
+from detbb.freeze import frozen_names
+from detbb.phases import plan_phases
+from detbb.setup import refuse_random
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FILES = sorted(p for folder in ("configs", "examples") for p in (REPOSITORY / folder).rglob("*.yaml"))
+BASES = [p for p in FILES if p.stem.endswith("_base")]
+RUNS = [p for p in FILES if p not in BASES]
+each_run = pytest.mark.parametrize("path", RUNS, ids=lambda p: p.relative_to(REPOSITORY).as_posix())
+CLASSES = {"names": ["a", "b", "c"], "category_ids": [1, 2, 3], "keypoints": ["left", "right"]}
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch):
+    monkeypatch.delenv("DETBB_DATA", raising=False)
+    monkeypatch.syspath_prepend(REPOSITORY)
+
+
+@each_run
+def test_it_is_valid_and_opens_with_its_command_time_and_aim(path: Path):
+    load_config(path)
+    header = path.read_text().split("\n\n")[0]
+    assert "tools/train.py --config " + path.relative_to(REPOSITORY).as_posix() in header
+    assert "Time:" in header or "minutes" in header
+    assert "Aims at" in header or "not measured here" in header
+
+
+@each_run
+def test_its_detector_builds_and_each_phase_trains_and_freezes_what_it_says(path: Path):
+    config = load_config(path)
+    with torch.device("meta"):  # shapes alone: no memory, no time
+        detector = build_detector(config, dict.fromkeys(config.heads, CLASSES))
+    phases = plan_phases(config, config.train.steps or 1000)
+    for phase in phases:
+        detector.freeze(phase.freeze)
+        assert detector.learning()
+        frozen = set(frozen_names(detector))
+        for name in phase.freeze:
+            prefixes = ("backbone.conv1.", "backbone.bn1.") if name == "backbone.stem" else (f"{name}.",)
+            inside = {n for n in detector.state_dict() if n.startswith(prefixes)}
+            assert inside and inside <= frozen
+    given = {n for n in detector.state_dict() if n.startswith("backbone.")} if config.backbone.weights else set()
+    if config.init_from is None:
+        assert refuse_random(config, phases, detector, set(detector.state_dict()) - given) == []
+
+
+@each_run
+def test_data_roots_come_from_the_environment(path: Path, monkeypatch):
+    monkeypatch.setenv("DETBB_DATA", "/elsewhere")
+    for source in load_config(path).data.values():
+        for split in filter(None, (source.train, source.val)):
+            places = [p for p in (split.images, split.annotations) if p]
+            assert all(p.startswith("/elsewhere/") or p.startswith("data/shapes") for p in places)
+
+
+def test_no_two_files_are_one_recipe_and_every_base_has_several_users():
+    loaded = {path: load_config(path) for path in RUNS}
+    outputs = [config.output_dir for config in loaded.values()]
+    assert len(set(outputs)) == len(outputs)
+    users = [(p.parent / base).resolve() for p in RUNS if (base := yaml.safe_load(p.read_text()).get("base"))]
+    assert all(users.count(base) > 1 for base in BASES)
+
+
+def test_there_is_a_full_size_recipe_for_every_kind_of_box_head():
+    types = {head.type for path in RUNS if path.name.startswith("coco_") for head in load_config(path).heads.values()}
+    assert {"faster_rcnn", "mask_rcnn", "retinanet", "fcos", "faster_rcnn_c4", "keypoint_rcnn"} <= types
