@@ -127,6 +127,12 @@ def check_data(detector: Detector, config: Config, splits: list[dict[str, Annota
                     raise UserError(f"heads.{name}: {error}") from None
 
 
+def repairs(train: dict[str, Annotations], val: dict[str, Annotations]) -> list[str]:
+    """Lines about faults of the annotations that the readers repaired."""
+    splits = [*((f"data.{n}.train", a) for n, a in train.items()), *((f"data.{n}.val", a) for n, a in val.items())]
+    return [f"WARNING: {where}: {fault}" for where, annotations in splits for fault in annotations.faults]
+
+
 def total_steps(config: Config, train: dict[str, Annotations]) -> int:
     """Optimizer steps of the run; `epochs` counts passes over every data source, the slowest one included."""
     if config.train.steps is not None:

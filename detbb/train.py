@@ -58,6 +58,7 @@ def prepare(config: Config, start: setup.Start, device: torch.device, stop: Stop
         if not detector.freeze(phase.freeze).learning():
             names = ", ".join(phase.freeze)
             raise UserError(f"freeze: phase {phase.index} freezes everything ({names}); nothing would learn")
+    lines += setup.repairs(train_data, val_data)
     lines += setup.refuse_random(config, phases, detector, random)
     setup.check_data(detector, config, [train_data, val_data])
     detector.to(device)
