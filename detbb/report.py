@@ -144,12 +144,18 @@ class FreezeJournal:
         """A line on the tensors that had one and the same digest in every phase; None if there is none."""
         digests = [entry["digests"] for entry in self._entries]
         same = {name for name in digests[0] if len({d.get(name) for d in digests}) == 1} if digests else set()
-        found = []
-        for part in freeze.parts(detector):
-            tensors = _tensors(detector, part)
-            if (count := len(tensors & same)) and not part.startswith("backbone."):
-                found.append(f"{part} ({'all' if count == len(tensors) else f'{count} of'} {len(tensors)} tensors)")
-        return f"unchanged to the bit since the start (SHA-256, freeze.json): {', '.join(found)}" if found else None
+        parts = {p: _tensors(detector, p) for p in freeze.parts(detector) if not p.startswith("backbone.")}
+        found = [
+            f"{part} ({'all' if names <= same else f'{len(names & same)} of'} {len(names)} tensors)"
+            for part, names in parts.items()
+            if names & same
+        ]
+        whole = [part for part, names in parts.items() if names <= same]
+        heads = [part.removeprefix("heads.") for part in whole if part.startswith("heads.")]
+        line = f"unchanged to the bit since the start (SHA-256, freeze.json): {', '.join(found)}"
+        if heads and all(part in whole for part in parts if not part.startswith("heads.")):
+            line += f"; so what it was at the start, in every prediction: {', '.join(heads)}"
+        return line if found else None
 
     def _write(self) -> None:
         text = json.dumps({"phases": self._entries}, indent=1, ensure_ascii=False)

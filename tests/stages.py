@@ -31,11 +31,11 @@ train: {{steps: 6, batch_size: 4, workers: 0}}
 optimizer: {{type: adamw, lr: 0.001, weight_decay: 0.1}}
 schedule: {{type: cosine}}
 ema: {{decay: 0.9, warmup_steps: 4}}
-checkpoint: {{every: 2}}
 log: {{every: 1, images: 0}}
 """
 FIRST = "{type: fcos, data: boxes, levels: [p3, p4, p5], num_convs: 1}"
 SECOND = "{type: semantic, data: pixels, levels: [p3, p4], channels: 16, norm: bn}"
+SMALL_FILES = ("optimizer.type=sgd", "optimizer.momentum=0")  # for runs that train a whole detector
 THIRD = "{type: classify, data: boxes, multi_label: true}"
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 
 import pytest
 import torch
 import yaml
 from runs import learned, load
-from stages import FIRST, SECOND, THIRD, evaluated, results, stage
+from stages import FIRST, SECOND, SMALL_FILES, THIRD, evaluated, results, stage
 
 from detbb.config_loading import load_config
 from detbb.errors import Stopped, UserError
@@ -18,6 +20,14 @@ from detbb.train import train
 
 FROZEN = "freeze=[backbone, neck, heads.first]"
 SHARED = ("backbone.", "neck.")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unsynced():
+    """Many files are written, and nothing here is about power cuts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +39,15 @@ def data(tmp_path_factory):
 def base(tmp_path_factory, data):
     """A trained detector with an average that is not its raw weights."""
     folder = tmp_path_factory.mktemp("base")
-    return train(stage(folder, data, {"first": FIRST}))
+    return train(stage(folder, data, {"first": FIRST}, *SMALL_FILES))
 
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory, data, base):
     """Stage two as the manual says: the first head is listed and frozen."""
     folder = tmp_path_factory.mktemp("second")
-    return train(stage(folder, data, {"first": FIRST, "second": SECOND}, FROZEN, base=base))
+    heads = {"first": FIRST, "second": SECOND}
+    return train(stage(folder, data, heads, FROZEN, "checkpoint.every=2", base=base))
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +82,7 @@ def test_the_run_prints_what_did_not_change(second):
     text = " ".join((second.parents[1] / "log.txt").read_text().split())
     assert "unchanged to the bit since the start (SHA-256, freeze.json): backbone (all 120 tensors), neck (all" in text
     assert "heads.first (all" in text and "heads.second (" not in text
+    assert "so what it was at the start, in every prediction: first" in text
     assert "may change" not in text
 
 
@@ -78,7 +90,7 @@ def test_only_what_rested_in_every_phase_is_called_unchanged(tmp_path, data, bas
     phases = "phases=[{steps: 2, freeze: [backbone, heads.first]}, {freeze: [backbone.stem, neck, heads.first]}]"
     train(stage(tmp_path, data, {"first": FIRST, "second": SECOND}, phases, base=base))
     text = " ".join((tmp_path / "run" / "log.txt").read_text().split())
-    assert "freeze.json): backbone (6 of 120 tensors), heads.first (all" in text
+    assert "freeze.json): backbone (6 of 120 tensors), heads.first (all" in text and "in every prediction" not in text
     assert "heads.first: frozen while neck is trained, so its predictions may change" in text
     assert "heads.first: frozen while backbone is trained, so its predictions may change" in text
 
@@ -121,8 +133,14 @@ def test_a_carried_head_keeps_its_own_data_where_the_name_means_something_else(t
 def test_a_stage_that_carries_heads_resumes_to_the_same_bits(monkeypatch, tmp_path, data, base, carrying, own):
     training = importlib.import_module("detbb.train")  # the package's attribute is the function
     learn = training.train_step
+
+    def interrupted(*args, **kwargs):
+        if kwargs["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(*args, **kwargs)
+
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train_step", lambda *a, **k: learn(*a, **k | {"stop": 15 * (k["step"] == 2)}))
+        patch.setattr(training, "train_step", interrupted)
         with pytest.raises(Stopped):
             train(stage(tmp_path, data, {"second": SECOND}, "freeze=[backbone, neck]", base=base))
     config = stage(tmp_path, data, {"second": SECOND}, "freeze=[backbone, neck]", base=base)
