@@ -7,7 +7,8 @@ import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from detbb.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BadFile(ValueError):
@@ -26,27 +29,43 @@ def write_atomically(
 ) -> None:
     """Make `path` hold what `write` writes, or leave it as it was.
 
-    Temporary file beside it, flush, fsync, `verify`, replace, fsync of the folder: at every moment a kill leaves the old
-    file or the new one. Raises: UserError: the disk is full (names the folder); OSError: anything else.
+    Temporary file beside it, flush, fsync, `verify`, replace, fsync of the folder: at every moment a kill leaves the
+    old file or the new one. Raises: UserError: the disk is full (names the file); OSError: anything else.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
+    with says_disk_full(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+            if verify is not None:
+                verify(temporary)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def says_disk_full(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write into a UserError that names the file."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
-        if verify is not None:
-            verify(temporary)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"disk full: cannot write {path} ({error.strerror}); what was there is intact") from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `write_atomically` and `link_atomically` leave below `folder` when they are killed."""
+    for temporary in folder.rglob(".*.tmp"):
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"disk full: cannot write {path} ({error.strerror}); what was there is intact") from error
-        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -68,11 +87,12 @@ def link_atomically(target: Path, link: Path) -> None:
         write_atomically(link, lambda file: file.write(target.read_bytes()))
         return
     os.replace(temporary, link)
+    temporary.unlink(missing_ok=True)  # where the two were one file already, replacing does nothing
     sync_folder(link.parent)
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
-    """`torch.save` of tensors and plain containers, atomically; the written file is read back and compared by checksum."""
+    """`torch.save` of tensors and plain containers, atomically, and read back to compare checksums."""
 
     def write(file: BinaryIO) -> None:
         writer = _RememberError(file)
@@ -90,18 +110,23 @@ def load_tensors(path: Path) -> Any:
     Raises: BadFile: missing, truncated, altered, compressed, with objects other than tensors and plain containers.
     """
     if not path.is_file():
-        raise BadFile(f"{path}: no such file")
-    if zipfile.is_zipfile(path):
-        check_archive(path)
+        raise BadFile(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
     try:
+        with open(path, "rb") as file:
+            archive = file.read(2) == b"PK"
+        if archive or zipfile.is_zipfile(path):  # a file that only one of the two takes for an archive fails the check
+            check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(path, content)
+        return content
+    except BadFile:
+        raise
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n", 1)[0][:200]
-        raise BadFile(f"{path}: holds objects other than tensors, or is not a PyTorch file ({reason})") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise BadFile(
+            f"{path}: holds objects other than tensors, or is not a PyTorch file ({_first_line(error)})"
+        ) from error
+    except Exception as error:  # torch's reader raises anything on bytes that it does not expect
         raise BadFile(f"{path}: cannot be read ({_first_line(error)})") from error
-    _check_tensors(path, content)
-    return content
 
 
 def check_archive(path: Path) -> None:
@@ -109,15 +134,19 @@ def check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            if min((e.header_offset for e in entries), default=0) != 0:
+                raise BadFile(f"{path}: has something before its first record, which PyTorch never writes")
+            if len({e.filename for e in entries}) < len(entries):
+                raise BadFile(f"{path}: holds two records of one name, which PyTorch never writes")
             if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
                 raise BadFile(f"{path}: holds compressed records, which PyTorch never writes")
             if sum(e.file_size for e in entries) > path.stat().st_size:
                 raise BadFile(f"{path}: claims more data than the file holds")
             if (broken := archive.testzip()) is not None:
                 raise BadFile(f"{path}: record {broken} does not match its checksum; the file was altered or cut")
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, BadFile):
-            raise
+    except BadFile:
+        raise
+    except Exception as error:  # zipfile, too, raises anything on bytes that it does not expect
         raise BadFile(f"{path}: not a whole PyTorch file ({_first_line(error)})") from error
 
 

@@ -7,7 +7,8 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from detbb.files import write_atomically
+from detbb.event_files import keep_events
+from detbb.files import says_disk_full, write_atomically
+from detbb.schema import mismatch
+
+_HEAD = {"step": int, "split": str}  # what every line of metrics.jsonl has
 
 
 class RunLog:
@@ -37,15 +42,16 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         output_dir.mkdir(parents=True, exist_ok=True)
+        self._folder = output_dir
         metrics = output_dir / "metrics.jsonl"
-        if resume_step is not None and metrics.exists():
+        if resume_step is not None:
             drop_later_steps(metrics, resume_step)
+            keep_events(output_dir / "tb", _from_before(resume_step, read_evaluations(metrics)))
         self._console = Console() if sys.stdout.isatty() else Console(width=140)
         self._text = (output_dir / "log.txt").open("a", encoding="utf-8")
         self._plain = Console(file=self._text, width=140, no_color=True, force_terminal=False)
         self._metrics = metrics.open("a", encoding="utf-8")
-        purge = None if resume_step is None else resume_step + 1
-        self._tb = SummaryWriter(str(output_dir / "tb"), purge_step=purge)
+        self._tb = SummaryWriter(str(output_dir / "tb"))
         self._live: Live | None = None
         self._speed = _Speed()
         self._total = 0
@@ -80,7 +86,9 @@ class RunLog:
         """One training record: `{"step", "split": "train", …values}`; also a line of text."""
         if not self._writes:
             return
-        self._record({"step": step, "split": "train"}, values)
+        with says_disk_full(self._folder):
+            self._scalars("train", step, values)
+        self._line({"step": step, "split": "train"}, values)
         shown = {name: value for name, value in values.items() if name not in ("data_s", "step_s", "images_per_s")}
         self._show(Text(f"{self._status(step)}  {_numbers(shown)}"))
 
@@ -99,40 +107,56 @@ class RunLog:
         """
         if not self._writes or not metrics:
             return
-        self._record({"step": step, "split": split, "weights": weights}, metrics)
+        with says_disk_full(self._folder):
+            self._scalars(f"{split}/{weights}", step, metrics)
+            for name, image in (images or {}).items():
+                pixels = image if isinstance(image, np.ndarray) else np.asarray(Image.open(image).convert("RGB"))
+                self._tb.add_image(f"{split}/{weights}/{name}", pixels, step, dataformats="HWC")
+            self._tb.flush()
+        # The line comes last: a resumed run makes up for evaluations that have none, after dropping their events.
+        self._line({"step": step, "split": split, "weights": weights}, metrics)
         whole = {name: value for name, value in metrics.items() if "-" not in name.split("/", 2)[-1]}
         self._show(Text(f"step {step}  {split} ({weights})  {_numbers(whole)}"))
-        for name, image in (images or {}).items():
-            pixels = image if isinstance(image, np.ndarray) else np.asarray(Image.open(image).convert("RGB"))
-            self._tb.add_image(f"{name}/{weights}", pixels, step, dataformats="HWC")
-        self._tb.flush()
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Text for TensorBoard alone, such as the freeze report."""
         if self._writes:
-            self._tb.add_text(tag, markdown, step)
+            with says_disk_full(self._folder):
+                self._tb.add_text(tag, markdown, step)
+
+    def sync(self) -> None:
+        """Make everything logged so far durable; call it before a checkpoint that relies on it is saved."""
+        if not self._writes:
+            return
+        with says_disk_full(self._folder):
+            self._tb.flush()
+            for path in (self._folder / "metrics.jsonl", *(self._folder / "tb").iterdir()):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
 
     def close(self) -> None:
         if not self._writes:
             return
         self._stop_live()
-        self._tb.close()
-        self._metrics.close()
-        self._text.close()
+        with says_disk_full(self._folder), closing(self._text), closing(self._metrics):
+            self._tb.close()
 
     def _show(self, content: RenderableType) -> None:
         if self._writes:
             self._console.print(content, highlight=False, soft_wrap=isinstance(content, Text))
-            self._plain.print(content, highlight=False, soft_wrap=isinstance(content, Text))
-            self._text.flush()
+            with says_disk_full(self._folder / "log.txt"):
+                self._plain.print(content, highlight=False, soft_wrap=isinstance(content, Text))
+                self._text.flush()
 
-    def _record(self, head: dict[str, Any], values: Mapping[str, float]) -> None:
+    def _line(self, head: dict[str, Any], values: Mapping[str, float]) -> None:
         line = head | {name: _finite(value) for name, value in values.items()}
-        self._metrics.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._metrics.flush()
-        prefix = "/".join(str(v) for name, v in head.items() if name != "step")
+        with says_disk_full(self._folder / "metrics.jsonl"):
+            self._metrics.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            self._metrics.flush()
+
+    def _scalars(self, prefix: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._tb.add_scalar(f"{prefix}/{name}", value, head["step"])
+            self._tb.add_scalar(f"{prefix}/{name}", value, step)
 
     def _status(self, step: int) -> str:
         if not self._total:
@@ -168,22 +192,40 @@ class _Speed:
 
 def drop_later_steps(path: Path, step: int) -> None:
     """Rewrite a metrics.jsonl atomically without the lines after `step`, nor a last line that a kill cut short."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            whole = line.endswith("\n") and json.loads(line)["step"] <= step
-        except (json.JSONDecodeError, KeyError, TypeError):
-            whole = False
-        kept += [line] * whole
-    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+    kept = [line for line, record in _lines(path) if record["step"] <= step]
+    if path.exists():
+        write_atomically(path, lambda file: file.write(b"".join(kept)))
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
     """The evaluation records of a metrics.jsonl; none if there is no such file."""
-    if not path.exists():
-        return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line["split"] != "train"]
+    return [record for _, record in _lines(path) if record["split"] != "train"]
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of a metrics.jsonl, each with its record."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if line.endswith(b"\n") and not mismatch(
+            {k: record.get(k) for k in _HEAD} if isinstance(record, dict) else 0, _HEAD
+        ):
+            yield line, record
+
+
+def _from_before(step: int, evaluations: list[dict[str, Any]]) -> Callable[[str, int], bool]:
+    """Which TensorBoard records a run that goes on after `step` keeps: what it will not write again."""
+    evaluated = {(record["step"], record["split"], record.get("weights")) for record in evaluations}
+
+    def wanted(tag: str, at: int) -> bool:
+        split, weights, *_ = [*tag.split("/"), ""]
+        if split == "train":
+            return at <= step
+        return (at, split, weights) in evaluated or (tag.endswith("/text_summary") and at < step)
+
+    return wanted
 
 
 def summary_table(metrics: Mapping[str, float], *, title: str = "") -> list[Table]:

@@ -72,7 +72,7 @@ def build_optimizer(detector: Detector, config: OptimizerConfig, *, fused: bool 
     if config.type == "sgd":
         sgd = torch.optim.SGD(list(groups.values()), lr=config.lr, momentum=config.momentum, fused=fused)
         if config.momentum:
-            # The first step makes the buffer equal the gradient, as from zeros; the fused kernel wants all or none of them.
+            # The first step makes the buffer equal the gradient, as from zeros; the fused kernel wants all or none.
             sgd.state.update(
                 {p: {"momentum_buffer": torch.zeros_like(p)} for g in sgd.param_groups for p in g["params"]}
             )
@@ -97,17 +97,22 @@ def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]
 
 
 def load_state_by_name(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give parameters the state saved under their name; the others start without one."""
+    """Give parameters the state saved under their name; the others start without one.
+
+    Raises: UserError: a state that does not fit its parameter.
+    """
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             if name in state:
-                optimizer.state[parameter] = {k: _placed(v, parameter) for k, v in state[name].items()}
+                optimizer.state[parameter] = {k: _placed(v, parameter, name) for k, v in state[name].items()}
 
 
-def _placed(value: Any, parameter: Tensor) -> Any:
+def _placed(value: Any, parameter: Tensor, name: str) -> Any:
     """Moments follow their parameter's device and layout; step counts of fused optimizers its device."""
     if not isinstance(value, Tensor):
         return value
     if value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    if value.dim():
+        raise UserError(f"checkpoint: optimizer state of {name} has shape {tuple(value.shape)}, the parameter another")
     return value.to(parameter.device, copy=True)

@@ -30,7 +30,7 @@ def test_records_have_the_documented_form_and_are_whole_at_once(tmp_path: Path) 
     log.close()
     board = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert [s.value for s in board.Scalars("val/ema/objects/bbox/AP")] == [pytest.approx(37.9)]
-    assert board.Tags()["images"] == ["objects/ema"] and board.Tags()["tensors"] == ["freeze/text_summary"]
+    assert board.Tags()["images"] == ["val/ema/objects"] and board.Tags()["tensors"] == ["freeze/text_summary"]
 
 
 def test_log_txt_holds_what_the_terminal_showed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
