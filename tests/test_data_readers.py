@@ -154,7 +154,9 @@ def test_val_follows_the_order_of_train_and_refuses_other_classes(tmp_path: Path
         and val.category_ids.tolist() == [2, 1]
         and val.labels.tolist() == [1]
     )
-    with pytest.raises(UserError, match=r"data\.mine\.val: .*lacks 'car'; adds 'cat'"):
+    with pytest.raises(
+        UserError, match=r"data\.mine\.val: .*this one lacks: car; 1 x class that the training split lacks: cat"
+    ):
         read_split(DataConfig(train=splits["train"], val=splits["other"]), "val", "mine")
     assert read_split(DataConfig(train=splits["train"]), "val", "mine") is None
 

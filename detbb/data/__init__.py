@@ -12,6 +12,7 @@ from detbb.data.annotations import Annotations
 from detbb.data.classes import read_classes
 from detbb.data.coco import read_coco
 from detbb.data.dataset import eval_loader, train_loader
+from detbb.data.faults import Faults
 from detbb.data.semantic import read_semantic
 from detbb.data.shapes import generate_shapes
 from detbb.data.voc import read_voc
@@ -22,12 +23,13 @@ __all__ = ["eval_loader", "read_split", "train_loader"]
 
 
 def read_split(
-    source: DataConfig, split: str, name: str, *, classes: Sequence[str] | None = None
+    source: DataConfig, split: str, name: str, *, classes: Sequence[str] | None = None, strict: bool = True
 ) -> Annotations | None:
     """The annotations of `data.<name>.<split>`, or None if that split is not configured.
 
     `classes`: the labels to use, in order, such as a checkpoint's; `val` otherwise takes those of `train`. A file whose
-    classes differ from them is an error.
+    classes differ from them is an error. Not `strict`: faults that are refused are in `faults` beside those repaired,
+    and what has them is left out.
     """
     place = f"data.{name}.{split}"
     config = {"train": source.train, "val": source.val}.get(split)
@@ -35,22 +37,25 @@ def read_split(
         return None
     exact = source.classes is None
     if classes is None and exact and split == "val" and source.format in ("coco", "voc"):
-        train = read_split(source, "train", name)
+        train = read_split(source, "train", name, strict=False)
         classes = train.classes if train is not None else None
     try:
-        annotations = _read(source, config, split, classes)
-        if classes is not None and annotations.classes != tuple(classes):
+        annotations = _read(source, config, split, classes, strict=strict)
+        if strict and classes is not None and annotations.classes != tuple(classes):
             raise UserError(f"classes {list(annotations.classes)} are not those wanted: {list(classes)}")
     except UserError as e:
         raise UserError(f"{place}: {e}") from None
     return annotations
 
 
-def _read(source: DataConfig, config: SplitConfig, split: str, classes: Sequence[str] | None) -> Annotations:
+def _read(
+    source: DataConfig, config: SplitConfig, split: str, classes: Sequence[str] | None, *, strict: bool
+) -> Annotations:
     exact = classes is not None and source.classes is None
+    classes = classes or source.classes if source.format in ("coco", "voc", "shapes") else None
     if source.format == "shapes":
         folder = generate_shapes(Path(config.images or "data/shapes"), split, config.size)
-        return read_coco(folder / "images", folder / "annotations.json", classes=classes or source.classes, exact=exact)
+        return read_coco(folder / "images", folder / "annotations.json", classes=classes, exact=exact)
     if not config.images or not config.annotations:
         raise UserError(
             f"`{'annotations' if config.images else 'images'}` is missing; format {source.format} needs both"
@@ -58,10 +63,11 @@ def _read(source: DataConfig, config: SplitConfig, split: str, classes: Sequence
     images, annotations = Path(config.images), Path(config.annotations)
     if not images.is_dir():
         raise UserError(f"images: {images} is not a folder")
+    faults = Faults(annotations, strict=strict, skip_bad_images=source.on_bad_image == "skip")
     if source.format == "coco":
-        return read_coco(images, annotations, classes=classes or source.classes, exact=exact)
+        return read_coco(images, annotations, classes=classes, exact=exact, faults=faults)
     if source.format == "voc":
-        found = read_voc(images, annotations, classes=classes or source.classes, exact=exact)
+        found = read_voc(images, annotations, classes=classes, exact=exact, faults=faults)
         unused = np.flatnonzero(np.bincount(found.labels, minlength=len(found.classes)) == 0).tolist()
         if unused and split == "train" and source.classes is not None:
             raise UserError(f"classes: {found.classes[unused[0]]!r} has no object in {annotations}")
@@ -70,5 +76,5 @@ def _read(source: DataConfig, config: SplitConfig, split: str, classes: Sequence
         raise UserError(f"format {source.format} needs `classes`: a file with the class names, or a list")
     names = read_classes(source.classes)
     if source.format == "yolo":
-        return read_yolo(images, annotations, names)
-    return read_semantic(images, annotations, names, ignore_index=source.ignore_index)
+        return read_yolo(images, annotations, names, faults=faults)
+    return read_semantic(images, annotations, names, ignore_index=source.ignore_index, faults=faults)

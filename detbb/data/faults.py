@@ -16,10 +16,15 @@ SHOWN = 10
 
 
 class Faults:
-    """The faults of one file, in the order found. A reader collects all of them before it refuses."""
+    """The faults of one file, in the order found. A reader collects all of them, leaving out what it cannot use.
 
-    def __init__(self, origin: str | Path) -> None:
+    strict: `finish` refuses; else the reader goes on with what is left, for the dataset doctor to report and repair.
+    skip_bad_images: images that cannot be read are left out and counted (`on_bad_image: skip`).
+    """
+
+    def __init__(self, origin: str | Path, *, strict: bool = True, skip_bad_images: bool = False) -> None:
         self.origin = origin
+        self.strict, self.skip_bad_images = strict, skip_bad_images
         self.found: list[Fault] = []
 
     def repair(self, kind: str, ids: Iterable[Any]) -> None:
@@ -28,14 +33,19 @@ class Faults:
     def refuse(self, kind: str, ids: Iterable[Any]) -> None:
         self._add(kind, ids, repaired=False)
 
+    def bad_images(self, kind: str, names: Iterable[str]) -> None:
+        """Images that cannot be read: what becomes of them is the user's choice."""
+        self._add(f"{kind}{' (left out)' * self.skip_bad_images}:", names, repaired=self.skip_bad_images)
+
     def _add(self, kind: str, ids: Iterable[Any], *, repaired: bool) -> None:
         items = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         if items:
             self.found.append(Fault(kind, len(items), tuple(items[:SHOWN]), repaired))
 
     def finish(self) -> tuple[Fault, ...]:
-        """What was repaired; raises UserError with everything that was refused."""
-        if refused := [str(f) for f in self.found if not f.repaired]:
+        """All of them; raises UserError with everything that is refused, where strict."""
+        refused = [str(f) for f in self.found if not f.repaired]
+        if refused and self.strict:
             raise UserError(f"{self.origin}: {'; '.join(refused)}")
         return tuple(self.found)
 
@@ -61,15 +71,19 @@ def arrange(rows: Rows, sizes: np.ndarray, faults: Faults) -> dict[str, Any]:
     x, y, w, h = boxes.T
     finite = np.isfinite(boxes).all(axis=1)
     faults.refuse("box that is not finite, annotation ids", ids[~finite])
-    faults.refuse("box of negative width or height, annotation ids", ids[finite & ((w < 0) | (h < 0))])
-    zero = finite & ((w == 0) | (h == 0))
+    negative = finite & ((w < 0) | (h < 0))
+    faults.refuse("box of negative width or height, annotation ids", ids[negative])
+    zero = finite & ~negative & ((w == 0) | (h == 0))
     faults.repair("box of no area (dropped), annotation ids", ids[zero])
-    outside = finite & ~zero & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
+    outside = finite & ~negative & ~zero & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
     faults.repair("box outside its image (dropped), annotation ids", ids[outside])
     no_area = ~(np.isfinite(rows.area) & (rows.area >= 0))
     faults.repair("missing area (from the box), annotation ids", ids[no_area])
-    keep = np.flatnonzero(finite & ~zero & ~outside & (rows.label >= 0))
+    keep = np.flatnonzero(finite & ~negative & ~zero & ~outside & (rows.label >= 0))
     order = keep[np.argsort(rows.image[keep], kind="stable")]
+    segments = None
+    if rows.segmentations is not None:
+        order, segments = _segments(rows.segmentations, order, rows, sizes, faults)
     fields: dict[str, Any] = {
         "first": np.searchsorted(rows.image[order], np.arange(len(sizes) + 1)).astype(np.int64),
         "boxes_xywh": np.ascontiguousarray(boxes[order]),
@@ -78,8 +92,8 @@ def arrange(rows: Rows, sizes: np.ndarray, faults: Faults) -> dict[str, Any]:
         "areas": np.where(no_area, w * h, rows.area)[order],
         "object_ids": unique_ids(ids, faults)[order],
     }
-    if rows.segmentations is not None:
-        fields["segments"] = _segments(rows.segmentations, order, rows, sizes, faults)
+    if segments is not None:
+        fields["segments"] = segments
     if rows.keypoints is not None:
         fields["keypoints"] = rows.keypoints[order]
     return fields
@@ -96,45 +110,43 @@ def unique_ids(ids: np.ndarray, faults: Faults) -> np.ndarray:
     return result
 
 
-def _segments(items: Sequence[Any], order: np.ndarray, rows: Rows, sizes: np.ndarray, faults: Faults) -> Segments:
-    used = [items[i] for i in order]
+def _segments(
+    items: Sequence[Any], order: np.ndarray, rows: Rows, sizes: np.ndarray, faults: Faults
+) -> tuple[np.ndarray, Segments]:
+    """`order` without the objects whose mask cannot be used, and the masks of the others."""
     bad = []
-    for position, item in enumerate(used):
+    for row in order.tolist():
+        item = items[row]
         if isinstance(item, list):
-            for polygon in item:
-                if len(polygon) % 2:
-                    bad.append(position)
-        elif item and not rle_fits(item, *sizes[rows.image[order[position]]].tolist()):
-            bad.append(position)
-    for position in bad:
-        used[position] = None
+            if any(len(polygon) % 2 for polygon in item):
+                bad.append(row)
+        elif item and not rle_fits(item, *sizes[rows.image[row]].tolist()):
+            bad.append(row)
     faults.refuse(
         "segmentation with an odd number of coordinates, or run lengths that do not cover its image, annotation ids",
-        rows.ids[order[sorted(set(bad))]],
+        rows.ids[bad],
     )
-    segments = Segments(used)
+    order = order[~np.isin(order, bad)]
+    segments = Segments(items[row] for row in order.tolist())
     far = segments.beyond(min(2.0 * sizes.max(initial=0), 2e5))  # filling them would take any amount of memory
     faults.refuse("polygon that is not finite or far outside its image, annotation ids", rows.ids[order[far]])
-    return segments
+    if len(far):
+        order = np.delete(order, far)
+        segments = Segments(items[row] for row in order.tolist())
+    return order, segments
 
 
 def choose_classes(
-    found: Sequence[str], wanted: Sequence[str] | None, origin: str | Path, *, exact: bool
+    found: Sequence[str], wanted: Sequence[str] | None, faults: Faults, *, exact: bool
 ) -> tuple[str, ...]:
     """The classes to use, in order. `wanted` must be among `found`; with `exact` there may be no others either."""
-    if len(set(found)) < len(found):
-        raise UserError(
-            f"{origin}: a class name is used twice: {sorted({n for n in found if list(found).count(n) > 1})}"
-        )
+    faults.refuse("class name used twice:", sorted({n for n in found if list(found).count(n) > 1}))
     if wanted is None:
-        return tuple(found)
+        return tuple(dict.fromkeys(found))
     lacks = [n for n in wanted if n not in found]
     if lacks and not exact:
-        raise unknown_name(f"{origin}: classes", lacks[0], found)
-    extra = [n for n in found if n not in wanted] if exact else []
-    if lacks or extra:
-        parts = [
-            f"{verb} {', '.join(map(repr, names))}" for verb, names in (("lacks", lacks), ("adds", extra)) if names
-        ]
-        raise UserError(f"{origin}: classes differ from the training split's: {'; '.join(parts)}")
+        raise unknown_name(f"{faults.origin}: classes", lacks[0], found)
+    faults.refuse("class that the training split has, and this one lacks:", lacks)
+    if exact:
+        faults.refuse("class that the training split lacks:", sorted(set(found) - set(wanted)))
     return tuple(wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import warnings
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -109,6 +110,18 @@ def read_index_png(path: str | Path, max_pixels: int) -> np.ndarray:
             return np.array(image, dtype=np.uint8)
         except Exception as e:
             raise BadImage(path, f"cannot be decoded: {_line(e)}") from None
+
+
+def readable_headers(root: Path, names: Iterable[str]) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """(height, width) by name of the images whose header can be read, and the others with the reason."""
+    headers: dict[str, tuple[int, int]] = {}
+    bad = []
+    for name in names:
+        try:
+            headers[name] = image_header(safe_join(root, name))
+        except BadImage as error:
+            bad.append(f"{name} ({error.reason})")
+    return headers, bad
 
 
 def list_images(folder: Path) -> list[str]:

@@ -9,30 +9,37 @@ import numpy as np
 
 from detbb.data.annotations import Annotations, PackedStrings
 from detbb.data.faults import Faults
-from detbb.data.images import BadImage, image_header, list_images, read_index_png, safe_join
+from detbb.data.images import BadImage, list_images, read_index_png, readable_headers, safe_join
 from detbb.errors import UserError
 
 IGNORE, UNKNOWN = 255, 254  # labels that are no class
 
 
-def read_semantic(images: Path, masks: Path, classes: Mapping[int, str], *, ignore_index: int = IGNORE) -> Annotations:
+def read_semantic(
+    images: Path,
+    masks: Path,
+    classes: Mapping[int, str],
+    *,
+    ignore_index: int = IGNORE,
+    faults: Faults | None = None,
+) -> Annotations:
     """Every image below `images`, with the PNG of the same name below `masks`.
 
     `classes` maps mask values to names, with or without gaps; a class whose value is `ignore_index` is left out. Image
-    ids count the sorted files from 1; category ids are the mask values.
+    ids count the sorted files from 1; category ids are the mask values. Raises UserError for what
+    cannot be repaired, unless `faults` is not strict.
     """
     used = {value: name for value, name in classes.items() if value not in (ignore_index, IGNORE)}
     if not used or max(used) > 255 or len(used) > UNKNOWN:
         raise UserError(
             f"classes: needs 1 … 254 classes of mask values 0 … 254; got {len(used)}, up to {max(used, default=None)}"
         )
-    files = list_images(images)
-    faults = Faults(masks)
-    mask_names = [str(Path(f).with_suffix(".png")) for f in files]
-    faults.refuse(
-        "image without a mask:", [f for f, m in zip(files, mask_names, strict=True) if not (masks / m).is_file()]
-    )
-    faults.finish()
+    faults = faults or Faults(masks)
+    headers, bad = readable_headers(images, list_images(images))
+    faults.bad_images("image that cannot be read", bad)
+    mask_of = {f: str(Path(f).with_suffix(".png")) for f in headers}
+    faults.refuse("image without a mask:", [f for f, m in mask_of.items() if not (masks / m).is_file()])
+    files = [f for f, m in mask_of.items() if (masks / m).is_file()]
     mask_values = np.full(256, UNKNOWN, dtype=np.uint8)
     mask_values[list(used)] = np.arange(len(used))
     mask_values[[i for i in (ignore_index, IGNORE) if 0 <= i <= 255]] = IGNORE
@@ -42,15 +49,16 @@ def read_semantic(images: Path, masks: Path, classes: Mapping[int, str], *, igno
         category_ids=np.array(list(used), dtype=np.int64),
         image_ids=np.arange(1, len(files) + 1),
         file_names=PackedStrings(files),
-        sizes=np.array([image_header(safe_join(images, f)) for f in files], dtype=np.int32).reshape(-1, 2),
+        sizes=np.array([headers[f] for f in files], dtype=np.int32).reshape(-1, 2),
         first=np.zeros(len(files) + 1, dtype=np.int64),
         boxes_xywh=np.zeros((0, 4)),
         labels=np.zeros(0, dtype=np.int32),
         crowd=np.zeros(0, dtype=bool),
         areas=np.zeros(0),
         object_ids=np.zeros(0, dtype=np.int64),
-        mask_files=PackedStrings(str(safe_join(masks, m)) for m in mask_names),
+        mask_files=PackedStrings(str(safe_join(masks, mask_of[f])) for f in files),
         mask_values=mask_values,
+        faults=faults.finish(),
     )
 
 

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from detbb.data.annotations import Annotations, PackedStrings
 from detbb.data.faults import Faults, Rows, arrange
-from detbb.data.images import image_header, list_images, safe_join
+from detbb.data.images import list_images, readable_headers, safe_join
 from detbb.errors import UserError
 
 
-def read_yolo(images: Path, labels: Path, classes: Mapping[int, str]) -> Annotations:
+def read_yolo(images: Path, labels: Path, classes: Mapping[int, str], *, faults: Faults | None = None) -> Annotations:
     """Every image below `images`; its objects are in the txt file of the same name below `labels`, if there is one.
 
     A line is `class x y w h` (centre and size, in parts of the image) or `class x1 y1 x2 y2 …` (a polygon). Image ids
-    count the sorted files from 1; category ids are YOLO's class numbers + 1.
+    count the sorted files from 1; category ids are YOLO's class numbers + 1. Raises UserError for what cannot be
+    repaired, unless `faults` is not strict.
     """
     if not labels.is_dir():
         raise UserError(f"{labels} is not a folder")
-    files = list_images(images)
-    sizes = np.array([image_header(safe_join(images, f)) for f in files], dtype=np.int32).reshape(-1, 2)
+    faults = faults or Faults(labels)
+    headers, bad = readable_headers(images, list_images(images))
+    faults.bad_images("image that cannot be read", bad)
+    files = list(headers)
+    sizes = np.array([headers[f] for f in files], dtype=np.int32).reshape(-1, 2)
     label_of = {number: label for label, number in enumerate(classes)}
-    image, label, boxes, polygons = [], [], [], []
+    image, label, boxes, polygons, unknown, wrong = [], [], [], [], [], []
     for index, file in enumerate(files):
         path = safe_join(labels, str(Path(file).with_suffix(".txt")))
         height, width = sizes[index].tolist()
-        for number, values in _lines(path) if path.exists() else ():
+        for where, number, values in _lines(path) if path.exists() else ():
+            if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+                wrong.append(where)
+                continue
             if number not in label_of:
-                raise UserError(
-                    f"{path}: class {number} is not one of {len(label_of)} classes ({', '.join(map(str, label_of))})"
-                )
+                unknown.append(f"{where}: class {number}")
+                continue
             points = values.reshape(-1, 2) * (width, height)
             corner, size = (
                 (points[0] - points[1] / 2, points[1]) if len(points) == 2 else (points.min(0), np.ptp(points, 0))
@@ -41,7 +47,8 @@ def read_yolo(images: Path, labels: Path, classes: Mapping[int, str]) -> Annotat
             label.append(label_of[number])
             boxes.append((*corner, *size))
             polygons.append([] if len(points) == 2 else [points.ravel().tolist()])
-    faults = Faults(labels)
+    faults.refuse("line that is not `class x y w h` or `class x1 y1 x2 y2 x3 y3 …`:", wrong)
+    faults.refuse(f"line of a class that is none of {len(label_of)}:", unknown)
     boxes_xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     rows = Rows(
         image=np.array(image, dtype=np.int64),
@@ -64,22 +71,19 @@ def read_yolo(images: Path, labels: Path, classes: Mapping[int, str]) -> Annotat
     )
 
 
-def _lines(path: Path) -> list[tuple[int, np.ndarray]]:
-    """(class number, coordinates) of each line."""
+def _lines(path: Path) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(place, class number, coordinates) of each line; no coordinates where it is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
-    found = []
+        yield f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}", -1, np.zeros(0)
+        return
     for at, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {at}: {line[:80]!r}"
         try:
             number, *values = line.split()
-            coordinates = np.array(values, dtype=np.float64)
-            found.append((int(number), coordinates))
+            yield where, int(number), np.array(values, dtype=np.float64)
         except ValueError:
-            coordinates = np.zeros(0)
-        if len(coordinates) != 4 and (len(coordinates) < 6 or len(coordinates) % 2):
-            raise UserError(f"{path}, line {at}: {line[:80]!r} is not `class x y w h` or `class x1 y1 x2 y2 x3 y3 …`")
-    return found
+            yield where, -1, np.zeros(0)
