@@ -21,7 +21,7 @@ SIZES = {"train": 1000, "val": 200}
 _SEEDS = {"train": 1, "val": 2}
 _VERSION = "detbb shapes 2"
 _IMAGE_HW = ((128, 128), (128, 128), (128, 112), (112, 128))
-_LEAST_VISIBLE = 0.4  # of a shape; objects that are hidden further are not drawn
+_LEAST_VISIBLE = 0.6  # of a shape; objects that are hidden further are not drawn
 
 
 def generate_shapes(root: Path, split: str, size: int | None = None) -> Path:
@@ -89,7 +89,7 @@ def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[dict[s
     image = _texture(rng, height, width, rng.uniform(40, 215, 3), spread=60)
     owner = np.full((height, width), -1)  # which shape each pixel shows
     shapes: list[tuple[int, np.ndarray, np.ndarray]] = []  # class, outline, whole mask
-    for _ in range(rng.integers(1, 7) if rng.random() > 0.05 else 0):
+    for _ in range(rng.integers(1, 6) if rng.random() > 0.05 else 0):
         label = int(rng.integers(len(CLASSES)))
         outline = _outline(rng, label, height, width)
         whole = _fill(outline, height, width)
@@ -116,7 +116,7 @@ def _texture(rng: np.random.Generator, height: int, width: int, colour: np.ndarr
 
 def _outline(rng: np.random.Generator, label: int, height: int, width: int) -> np.ndarray:
     """(points, 2) x, y of a shape that lies inside the image."""
-    radius = rng.uniform(9, 36)
+    radius = rng.uniform(12, 36)
     if CLASSES[label] == "circle":
         angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
         points = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
