@@ -18,7 +18,7 @@ train: $(installed)  ## train and evaluate CONFIG (generated data, CPU), or go o
 	$(bin)/python tools/train.py --config $(CONFIG) --resume $(ARGS)
 
 test: check  ## lint, types and the whole test suite
-	$(bin)/python -m pytest $(ARGS)
+	$(bin)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(installed)  ## lint and types
 	$(bin)/ruff format --check .
