@@ -86,7 +86,7 @@ class CheckpointFolder:
             later.append(best)
         for path in later:
             path.rename(path.with_suffix(".pt.aside"))
-        return [f"WARNING: {len(later)} later checkpoints are set aside, no run looks at them: {later[0]}.aside …"]
+        return [f"WARNING: {len(later)} later checkpoints are set aside: {', '.join(f'{p}.aside' for p in later)}"]
 
 
 def _is_of(path: Path, step: int) -> bool:

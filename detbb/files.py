@@ -126,7 +126,7 @@ def load_tensors(path: Path) -> Any:
             f"{path}: holds objects other than tensors, or is not a PyTorch file ({_first_line(error)})"
         ) from error
     except Exception as error:  # torch's reader raises anything on bytes that it does not expect
-        raise BadFile(f"{path}: cannot be read ({_first_line(error)})") from error
+        raise BadFile(f"{path}: cannot be read ({type(error).__name__}: {_first_line(error)})") from error
 
 
 def check_archive(path: Path) -> None:

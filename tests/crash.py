@@ -94,7 +94,7 @@ def plant(moment: str, number: int) -> None:
     setattr(owner, name, deadly)
 
 
-def shrink() -> None:
+def shrink(patch: Callable[[Any, str, Any], object] = setattr) -> None:
     """Give every ResNet an eighth of its channels: these tests are about files, not about learning."""
     from torchvision.models.resnet import ResNet
 
@@ -103,7 +103,7 @@ def shrink() -> None:
     def thin(self: ResNet, block: Any, planes: int, *args: Any, **kwargs: Any) -> Any:
         return make_layer(self, block, planes // 8, *args, **kwargs)
 
-    ResNet._make_layer = thin  # type: ignore[method-assign]
+    patch(ResNet, "_make_layer", thin)
 
 
 def child(

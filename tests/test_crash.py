@@ -105,10 +105,15 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_there(tmp_path, images,
     error = (tmp_path / "out.txt").read_text().splitlines()[-1]
     assert error.startswith("error: disk full: cannot write") and "run/checkpoints/best.pt" in error
     assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()} == before
-    assert Job(tmp_path, OPTIONS, data=images, faults=[100]).wait() == [2]  # not even a line fits
-    assert "error: disk full: cannot write" in (tmp_path / "out.txt").read_text().splitlines()[-1]
     train_to_end(tmp_path, OPTIONS, data=images)
     assert differences(tmp_path / "run", whole) == []
+
+
+def test_a_log_that_cannot_be_written_is_named_too(tmp_path, images):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.txt").symlink_to("/dev/full")
+    assert Job(tmp_path, SHORT, data=images).wait() == [2]
+    assert "error: disk full: cannot write" in (error := (tmp_path / "out.txt").read_text()) and "run/log.txt" in error
 
 
 def stop_the_group() -> None:

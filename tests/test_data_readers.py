@@ -49,7 +49,7 @@ def test_repairs_are_made_and_counted(tmp_path: Path) -> None:
     assert len(data.labels) == 4 and data.areas.tolist() == [4, 4, 4, 20]
     assert len(set(data.object_ids.tolist())) == 4 and 0 not in data.object_ids and 8 in data.object_ids
     counts = {f.kind.split(" ")[0]: (f.count, f.repaired) for f in data.faults}
-    assert counts == {"box": (1, True), "missing": (1, True), "annotation": (3, True)} and len(data.faults) == 4
+    assert counts == {"box": (1, True), "missing": (1, True), "annotation": (3, True)} and len(data.faults) == 5
 
 
 def test_missing_image_sizes_come_from_the_upright_file(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class _Object(msgspec.Struct, gc=False):
     id: Id | None = 0
     bbox: tuple[float, float, float, float] | None = None
     area: float | None = None
-    iscrowd: int | bool | None = 0
+    iscrowd: int | bool | None = None
     segmentation: list[list[float]] | dict[str, Any] | None = None
     keypoints: list[float] | None = None
 
@@ -70,9 +70,9 @@ def read_coco(
     faults = faults or Faults(annotations)
     with _no_garbage_collection():
         file = parse_coco(annotations)
-        categories = sorted(file.categories, key=lambda c: c.id)
+        faults.refuse("category id used twice:", _repeated([c.id for c in file.categories]))
+        categories = sorted({c.id: c for c in reversed(file.categories)}.values(), key=lambda c: c.id)
         names = choose_classes([c.name for c in categories], classes, faults, exact=exact)
-        faults.refuse("category id used twice:", _repeated([c.id for c in categories]))
         category_ids = _category_ids(categories, names)
         used, sizes = _usable_images(images, file.images, faults)
         image_ids = np.array([i.id for i in used], dtype=np.int64)
@@ -191,6 +191,7 @@ def _rows(
     objects = [file.annotations[k] for k in np.flatnonzero(used)]
     image, count = image[used], len(objects)
     label, wanted = _lookup(category_ids, categories[used])
+    faults.repair("missing iscrowd (taken as 0), annotation ids", [o.id for o in objects if o.iscrowd is None])
     if bare.all():
         boxes = np.stack([np.zeros(count), np.zeros(count), sizes[image, 1], sizes[image, 0]], axis=1)
     else:

@@ -113,7 +113,7 @@ def examine(data: Mapping[str, DataConfig], *, files: bool = True) -> Report:
             else:
                 if annotations is not None:
                     faults = [*annotations.faults, *_of_set(annotations, split)]
-                    found[split] = Split(name, split, origin, annotations, faults, _notes(annotations))
+                    found[split] = Split(name, split, origin, annotations, faults, _notes(annotations, split))
         if files:
             splits = {split: s.annotations for split, s in found.items() if s.annotations is not None}
             for split, findings in examine_files(source, splits).items():
@@ -132,8 +132,10 @@ def _of_set(annotations: Annotations, split: str) -> list[Fault]:
     return faults.found
 
 
-def _notes(annotations: Annotations) -> list[Fault]:
+def _notes(annotations: Annotations, split: str) -> list[Fault]:
     notes = Faults("")
+    if split == "val" and annotations.has("boxes") and len(annotations) and not len(annotations.labels):
+        notes.repair("no object: there is nothing to measure", [""])
     ids = annotations.category_ids
     if len(ids) and not np.array_equal(np.sort(ids), np.arange(ids.min(), ids.min() + len(ids))):
         notes.repair("category ids with gaps (labels count from 0, results have these ids):", np.sort(ids))
