@@ -1,4 +1,4 @@
-"""Every head learns eight generated images by heart: a wrong target, box code or decoding shows as a metric that stalls.
+"""Every head learns eight generated images by heart: a wrong target or decoding shows as a metric that stalls.
 
     python benchmarks/overfit.py                 # all heads, about half an hour on two CPU cores
     python benchmarks/overfit.py --head fcos mask_rcnn --json overfit.json
@@ -78,9 +78,7 @@ def run(head: str, root: Path, folder: Path) -> dict[str, float]:
     data = f"{{format: {form}, train: {split}, val: {split}, image_size: [128, 128], augment: none}}"
     neck = "{type: none}" if head in ("faster_rcnn_c4", "classify") else "{channels: 128}"
     file = folder / f"{head}.yaml"
-    file.write_text(
-        CONFIG.format(out=folder / head, neck=neck, data=data, head=head, args=args, steps=steps, lr=lr)
-    )
+    file.write_text(CONFIG.format(out=folder / head, neck=neck, data=data, head=head, args=args, steps=steps, lr=lr))
     train(load_config(file))
     records = [json.loads(line) for line in (folder / head / "metrics.jsonl").read_text().splitlines()]
     last = [r for r in records if r["split"] == "val"][-1]

@@ -45,8 +45,12 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """{stage: (B, channels, H / stride, W / stride)} of x: (B, 3, H, W), RGB less ImageNet's mean, over its std."""
-        features = {}
-        for stage in self.stages:
+        return self.resume("", {"": x})
+
+    def resume(self, after: str, known: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `forward`, from the outputs of the stages up to `after` (empty: from the input)."""
+        x, features = known[after], {name: known[name] for name in self.out if name in known}
+        for stage in self.stages[self.stages.index(after) + 1 if after else 0 :]:
             x = self.run_stage(stage, x)
             if stage in self.out:
                 features[stage] = x

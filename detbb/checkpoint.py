@@ -1,14 +1,13 @@
-"""Checkpoints: what is in one, finding the newest valid one, starting from one.
+"""Checkpoints: what is in one, starting from one.
 
-A checkpoint is a dict of tensors and plain containers (DESIGN of the format: docs/checkpoints.md), written atomically and
-read with `weights_only=True`.
+A checkpoint is a dict of tensors and plain containers (every key: docs/checkpoints.md), written atomically and read
+with `weights_only=True`.
 """
 
 from __future__ import annotations
 
 import platform
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,26 +21,27 @@ from detbb.config_loading import config_from_dict
 from detbb.detector import ClassList, Detector, build_detector
 from detbb.ema import view
 from detbb.errors import UserError
-from detbb.files import BadFile, link_atomically, load_tensors, save_tensors
+from detbb.files import BadFile, load_tensors
 from detbb.heads import HeadConfig
+from detbb.schema import mismatch
 
 FORMAT_VERSION = 1
-KEYS = (
-    "format_version",
-    "config",
-    "step",
-    "phase",
-    "model",
-    "ema",
-    "optimizer",
-    "scaler",
-    "rng",
-    "data",
-    "frozen",
-    "classes",
-    "versions",
-)
-STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
+FORM: dict[str, Any] = {  # as `schema.mismatch` reads it
+    "format_version": int,
+    "config": {str: object},
+    "step": int,
+    "phase": int,
+    "model": {str: Tensor},
+    "ema": (None, {"updates": int, "tensors": {str: Tensor}}),
+    "optimizer": {"type": str, "state": {str: {str: object}}},
+    "scaler": {str: object},
+    "rng": {"seed": int, "torch": Tensor},
+    "data": {"images": {str: int}, "batch_size": int, "skipped_in_row": int},
+    "frozen": {"names": [str], "digests": {str: str}},
+    "classes": {str: {"names": [str], "category_ids": [int], "keypoints": [str]}},
+    "versions": {str: str},
+}
+KEYS = tuple(FORM)
 
 
 def versions() -> dict[str, str]:
@@ -68,20 +68,14 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         raise BadFile(f"{path}: not a detbb checkpoint (needs the keys {', '.join(KEYS)})")
     if content["format_version"] != FORMAT_VERSION:
         raise BadFile(f"{path}: checkpoint format {content['format_version']!r}, this version reads {FORMAT_VERSION}")
-    model, frozen, step = content["model"], content["frozen"], content["step"]
-    whole = (
-        isinstance(model, dict)
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in model.items())
-        and isinstance(step, int)
-        and step >= 0
-        and isinstance(content["config"], dict)
-        and isinstance(content["classes"], dict)
-        and isinstance(frozen, dict)
-        and set(frozen) == {"names", "digests"}
-        and (content["ema"] is None or set(content["ema"]) == {"updates", "tensors"})
-    )
-    if not whole:
-        raise BadFile(f"{path}: not a whole detbb checkpoint (its entries have the wrong types)")
+    wrong = mismatch(content, FORM)
+    model, averages = content["model"], {} if wrong or content["ema"] is None else content["ema"]["tensors"]
+    if wrong is None and content["step"] < 0:
+        wrong = f"step is {content['step']}"
+    if other := [n for n, t in averages.items() if n not in model or model[n].shape != t.shape]:
+        wrong = f"ema.tensors.{other[0]} is not as in model"
+    if wrong is not None:
+        raise BadFile(f"{path}: not a whole detbb checkpoint: {wrong}")
     return content
 
 
@@ -91,59 +85,6 @@ def open_checkpoint(path: Path | str) -> dict[str, Any]:
         return read_checkpoint(path)
     except BadFile as error:
         raise UserError(f"checkpoint {error}") from error
-
-
-class CheckpointFolder:
-    """`checkpoints/` of a run: step files, `last.pt`, `best.pt`."""
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        self.keep = keep
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"step_{step:07d}.pt"
-
-    def steps(self) -> list[int]:
-        """Steps that have a file, ascending by number."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(m[1]) for p in self.folder.iterdir() if (m := STEP_FILE.fullmatch(p.name)))
-
-    def save(self, content: dict[str, Any]) -> Path:
-        """Write a step file, verify it, move `last.pt` to it, and only then delete what is too old."""
-        path = self.path(content["step"])
-        save_tensors(path, content)
-        link_atomically(path, self.folder / "last.pt")
-        for step in self.steps()[: -self.keep]:
-            if step != content["step"]:
-                self.path(step).unlink(missing_ok=True)
-        return path
-
-    def mark_best(self, step: int, content: Callable[[], dict[str, Any]]) -> None:
-        """Make `best.pt` the checkpoint of `step`; `content` is asked for if that step has no file."""
-        if self.path(step).exists():
-            link_atomically(self.path(step), self.folder / "best.pt")
-        else:
-            save_tensors(self.folder / "best.pt", content())
-
-    def newest(self) -> tuple[Path, dict[str, Any], list[str]] | None:
-        """The valid checkpoint with the highest step, and a line about each file that was passed over.
-
-        None if there is no file at all. Raises: UserError: there are files, but none is valid.
-        """
-        passed: list[str] = []
-        candidates = [self.path(step) for step in reversed(self.steps())]
-        last = self.folder / "last.pt"
-        if last.exists() and not any(c.exists() and c.samefile(last) for c in candidates):
-            candidates.insert(0, last)
-        for path in candidates:
-            try:
-                return path, read_checkpoint(path), passed
-            except BadFile as error:
-                passed.append(str(error))
-        if passed:
-            raise UserError(f"--resume: no valid checkpoint in {self.folder}: {'; '.join(passed)}")
-        return None
 
 
 @dataclass
@@ -226,8 +167,8 @@ def init_from(detector: Detector, checkpoint: Mapping[str, Any], source: str) ->
             report.reset.append(name)
         elif given[name].shape != tensor.shape:
             raise UserError(
-                f"init_from: {name} has shape {tuple(given[name].shape)} in {source}, {tuple(tensor.shape)} in this config; "
-                "make backbone, neck and this head agree, or give the head another name"
+                f"init_from: {name} has shape {tuple(given[name].shape)} in {source}, {tuple(tensor.shape)} in this "
+                "config; make backbone, neck and this head agree, or give the head another name"
             )
         else:
             tensor.copy_(given[name])
@@ -236,7 +177,7 @@ def init_from(detector: Detector, checkpoint: Mapping[str, Any], source: str) ->
 
 
 def restore_detector(checkpoint: Mapping[str, Any], *, weights: str | None = None) -> Detector:
-    """The checkpoint's detector in eval mode on the CPU, with its averages (`ema`, default if there are) or raw (`model`).
+    """The checkpoint's detector in eval mode on the CPU, averaged (`ema`, the default if it can be) or raw (`model`).
 
     Raises: UserError: `ema` is asked for but not there, or the tensors do not fit the stored config.
     """

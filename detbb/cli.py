@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from detbb.errors import Stopped, UserError
+from detbb.errors import PeerLost, Stopped, UserError, tell_torchrun
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors, and whose epilog (the example) is printed as written."""
 
-    def __init__(self, description: str, example: str) -> None:
+    def __init__(self, description: str, example: str, **options: Any) -> None:
         super().__init__(
             description=description,
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            **options,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -30,12 +33,31 @@ def run(main: Callable[[], object]) -> NoReturn:
     """Run a command and exit: 0 done, 2 the user's input (one line), 128 + signal stopped, 1 anything else."""
     try:
         main()
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except Stopped as stopped:
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         sys.exit(130)
+    except UserError as error:
+        _fail(error, f"error: {' '.join(str(error).split())}", 2)
+    except PeerLost as error:
+        _fail(error, f"error: {error}", 1)
+    except Exception as error:
+        _fail(error, traceback.format_exc().rstrip(), 1)
     sys.exit(0)
+
+
+def _fail(error: Exception, text: str, code: int) -> NoReturn:
+    """Say what was wrong, and exit. torchrun shows the error of the first process that does so, as the last thing."""
+    if "RANK" not in os.environ:
+        print(text, file=sys.stderr)
+        sys.exit(code)
+    rank, everywhere = os.environ["RANK"], getattr(error, "everywhere", False)
+    if not everywhere or rank == "0":
+        prefix = "" if everywhere else f"[rank {rank}] "
+        sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if isinstance(error, PeerLost) or (everywhere and rank != "0"):
+        time.sleep(3)  # torchrun ends this process when it sees the one with the original error
+    tell_torchrun(os.environ.get("TORCHELASTIC_ERROR_FILE"), text)
+    os._exit(code)  # leaving the process group could wait for the others, who wait for this process

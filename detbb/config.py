@@ -82,12 +82,20 @@ class DataConfig:
     transforms, each `{type: Name, …its arguments}`."""
     weight: float = 1.0
     """How often this source takes its turn, relative to the others, when heads have different data."""
+    views: int | None = None
+    """So many augmented views of each image, seen in turn, one an epoch; `null`: a new one every epoch. The feature
+    cache needs it unless images are at most flipped."""
+    pad: Literal["batch", "source"] = "batch"
+    """Pad training images to the largest of their batch, or of the whole source, which the feature cache needs where
+    sizes differ."""
     aspect_grouping: bool = True
     """Put landscape and portrait images into different batches, so that less is padded."""
     ignore_index: int = 255
     """`semantic` only: the mask value that is neither trained nor evaluated."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do with an image that cannot be decoded: stop, or leave it out (deterministic, and counted)."""
+    allow_leak: bool = False
+    """`true`: images of `train` may be in `val`, too, such as to see whether a head can learn them by heart."""
     max_pixels: int = 89_478_485
     """Refuse larger images, from their header and before decoding (Pillow's limit, 1024³ / 4 / 3 pixels)."""
 
@@ -122,12 +130,17 @@ class TrainConfig:
     """Largest L2 norm of the gradient of everything that is trained; `null`: no clipping."""
     cache_features: Literal["off", "memory", "disk", "auto"] = "off"
     """Store what the frozen part puts out, once: `memory`, `disk`, or `auto` (if it fits and pays; says why if not)."""
+    cache_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What features are stored as. `fp32` loses nothing; the others take half the space."""
+    cache_dir: str | None = None
+    """Where `disk` stores features; runs on the same frozen weights and images share them. `null`: `feature_cache`
+    beside `output_dir`."""
+    cache_limit_gb: float = 16.0
+    """Most space that the features of a phase may take, in GB (10⁹ bytes)."""
     fold_frozen: Literal["auto", "off"] = "auto"
     """`auto`: training steps compute the frozen prefix with convolution and norm folded into copies."""
-    channels_last: bool = True
-    """Keep activations in channels-last layout (faster convolutions)."""
     compile: bool = False
-    """Run the backbone and neck through `torch.compile` in training."""
+    """Training steps run backbone and neck through `torch.compile`; a line says so where that fails."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop the run, or skip the step (no weight, average or statistic moves)."""
     max_skipped: int = 10

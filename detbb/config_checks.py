@@ -32,11 +32,14 @@ _RANGES = {
     ),
     "at least 1": (
         "train.steps train.batch_size train.accumulate train.max_skipped phases.*.steps eval.every eval.batch_size "
-        "checkpoint.every log.every neck.channels data.*.max_pixels data.*.train.size data.*.val.size "
-        "data.*.image_size.* schedule.milestones.*"
+        "data.*.views checkpoint.every log.every neck.channels data.*.max_pixels data.*.train.size "
+        "data.*.val.size data.*.image_size.* schedule.milestones.*"
     ),
     "at least 2": "checkpoint.keep",
-    "above 0": "train.epochs train.grad_clip train.timeout_s optimizer.lr optimizer.lr_mult.* data.*.weight",
+    "above 0": (
+        "train.epochs train.grad_clip train.timeout_s train.cache_limit_gb optimizer.lr optimizer.lr_mult.* "
+        "data.*.weight"
+    ),
     "at least 0 and below 1": "optimizer.momentum optimizer.betas.* ema.decay",
     "above 0 and at most 1": "schedule.gamma",
     "between 0 and 1": "heads.*.threshold",

@@ -30,7 +30,8 @@ from detbb.heads import HeadConfig, find_head
 T = TypeVar("T")
 Layer = tuple[str, Any]  # where it was written, and what
 
-_SECRET = re.compile(r"oc\.env\s*:\s*(\w*(?:KEY|TOKEN|SECRET|PASSW|CREDENTIAL)\w*)", re.IGNORECASE)
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_RESOLVED = re.compile(r"\$\{\s*(?P<key>[\w.\[\]]+)\s*\}|\$\{\s*oc\.env\s*:\s*(?P<variable>\w+)\s*(?:,[^${}]*)?\}")
 _MISSING_VARIABLE = re.compile(r"Environment variable '(.*?)' not found")
 
 
@@ -200,9 +201,15 @@ def _merge(old: Any, new: Any, where: str, at: str = "") -> Any:
 def _resolve(values: dict[str, Any], sources: _Sources) -> dict[str, Any]:
     """The same with every ${…} replaced."""
     for at, text in _strings(values, ""):
-        if secret := _SECRET.search(text):
+        for match in _RESOLVED.finditer(text):
+            if match["variable"] and _SECRET.search(match["variable"]):
+                variable = match["variable"]
+                sources.fail(
+                    at, f"reads the environment variable {variable}, which looks like a secret: configs are stored"
+                )
+        if "${" in _RESOLVED.sub("", text):
             sources.fail(
-                at, f"reads the environment variable {secret[1]}, which looks like a secret: configs are stored"
+                at, f"is {show(text)}; of ${{…}}, valid are ${{other.key}} and ${{oc.env:NAME,default}}, not nested"
             )
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -14,7 +14,7 @@ from detbb.backbone import Backbone, build_resnet
 from detbb.config import Config
 from detbb.data import read_split
 from detbb.data.annotations import Annotations
-from detbb.data.batch import Batch, ImageSize
+from detbb.data.batch import Batch, Given, ImageSize
 from detbb.distributed import world_size
 from detbb.errors import UserError
 from detbb.heads import find_head
@@ -82,7 +82,8 @@ class Detector(nn.Module):
         self.constant = frozenset(
             n for n, p in self.named_parameters() if not p.requires_grad
         )  # made so by their module
-        self._untouched: dict[str, list[str]] = {}
+        self.compiled: Callable[[Given], dict[str, Tensor]] | None = None  # `resume`, for training steps
+        self.reached: list[bool] = []  # which of `trained()` the last batch's losses depend on, on several processes
 
     def head(self, name: str) -> Head:
         """The branch `name`."""
@@ -98,7 +99,6 @@ class Detector(nn.Module):
         for name in names:
             freeze.resolve(self, name)
         self.frozen = tuple(names)
-        self._untouched = {}
         freeze.apply(self)
         return self.train(self.training)
 
@@ -109,7 +109,7 @@ class Detector(nn.Module):
         return self
 
     def normalize(self, images: Tensor, sizes: Sequence[ImageSize]) -> Tensor:
-        """(B, 3, H, W) uint8 RGB -> the network's input, with padding at exactly 0, as in torchvision and Detectron2."""
+        """(B, 3, H, W) uint8 RGB -> the network's input, with padding at exactly 0 (as in torchvision)."""
         x = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         for image, size in zip(x, sizes, strict=True):
             height, width = size.hw
@@ -119,20 +119,31 @@ class Detector(nn.Module):
 
     def features(self, images: Tensor, sizes: Sequence[ImageSize]) -> dict[str, Tensor]:
         """Every level that backbone and neck offer, from uint8 images."""
-        return self.neck(self.backbone(self.normalize(images, sizes)))
+        return self.resume(Given("", {"": self.normalize(images, sizes)}))
+
+    def resume(self, given: Given) -> dict[str, Tensor]:
+        """The levels that the heads read, from what is computed already (`after` empty: only the normalized images)."""
+        if given.after == "neck":
+            return given.levels
+        return self.neck(self.backbone.resume(given.after, given.levels))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of every branch that learns from this batch, as `<head>/<loss>`; all are to be summed."""
         names = self.learning(batch.source)
-        features = self.features(batch.images, batch.sizes)
+        given = batch.given or Given("", {"": self.normalize(batch.images, batch.sizes)})
+        features = (self.compiled if self.compiled is not None and self.training else self.resume)(given)
         losses: dict[str, Tensor] = {}
         for name in names:
             head = self.head(name)
             for loss, value in head.loss(head(features), batch).items():
                 losses[f"{name}/{loss}"] = value * self.loss_weights.get(name, 1.0)
         if world_size() > 1 and self.training:
-            first = next(iter(losses))
-            losses[first] = losses[first] + self._join(losses, batch.source)
+            trained, reached = self.trained(), _reached_parameters(losses.values())
+            self.reached = [id(p) in reached for p in trained]
+            absent = [p.flatten()[0] for p, there in zip(trained, self.reached, strict=True) if not there]
+            if absent:  # DDP waits for every parameter, so these join with a gradient of zero
+                first = next(iter(losses))
+                losses[first] = losses[first] + torch.stack(absent).sum() * 0
         return losses
 
     def learning(self, source: str | None = None) -> list[str]:
@@ -146,9 +157,9 @@ class Detector(nn.Module):
             and f"heads.{name}" not in self._carried()
         ]
 
-    def untouched(self, source: str) -> list[str]:
-        """Trained parameters that a batch of `source` does not reach (known after its first distributed step)."""
-        return self._untouched.get(source, [])
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained now, in the order of `parameters()`."""
+        return [p for p in self.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def predict(
@@ -164,17 +175,6 @@ class Detector(nn.Module):
 
     def _carried(self) -> set[str]:
         return {f"heads.{name}" for name in self.heads if name not in self.sources}
-
-    def _join(self, losses: dict[str, Tensor], source: str) -> Tensor:
-        """A zero that touches every trained parameter this batch does not reach: DDP waits for all of them."""
-        if source not in self._untouched:
-            reached = _reached_parameters(losses.values())
-            self._untouched[source] = [
-                n for n, p in self.named_parameters() if p.requires_grad and id(p) not in reached
-            ]
-        parameters = dict(self.named_parameters())
-        zeros = [parameters[name].flatten()[0] * 0 for name in self._untouched[source]]
-        return torch.stack(zeros).sum() if zeros else self.pixel_mean.new_zeros(())
 
 
 def build_detector(config: Config, classes: Mapping[str, Any] | None = None) -> Detector:

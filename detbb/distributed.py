@@ -5,20 +5,23 @@ Start-up, membership and restarts are torchrun's; everything here also works on 
 
 from __future__ import annotations
 
+import faulthandler
+import inspect
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from detbb.config import Config
-from detbb.errors import UserError
-
-T = TypeVar("T")
+from detbb.errors import Stopped, UserError
+from detbb.peers import Peers, is_lost_peer
 
 
 def is_distributed() -> bool:
@@ -37,7 +40,8 @@ def world_size() -> int:
 def processes(config: Config) -> Iterator[torch.device]:
     """Join the process group that torchrun describes, if any; gives this process's device.
 
-    Raises: UserError: `device: cuda` without one.
+    A process group that the caller made is used as it is. Raises: UserError: `device: cuda` without one; PeerLost:
+    another process ended, or gave no answer within `train.timeout_s`.
     """
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
@@ -46,15 +50,61 @@ def processes(config: Config) -> Iterator[torch.device]:
     if cuda and config.device != "cpu":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        # fp32 is fp32: by default convolutions would round to TF32. And algorithms are picked by rule: timing them
+        # (cudnn.benchmark) may pick others in the next run, and anew for each of the many shapes of padded batches.
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
+    if is_distributed() or "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         yield device
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.train.timeout_s))
+    faulthandler.register(signal.SIGUSR2)  # shows where a process is; a stalled one is asked before it is ended
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _prctl_pr_set_pdeathsig(signal.SIGTERM)  # should torchrun be killed, save and leave
+    timeout = timedelta(seconds=config.train.timeout_s)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    peers = Peers(store, rank, size, timeout_s=config.train.timeout_s)
+    backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     try:
+        peers.meet()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=own)
         yield device
-    finally:
+    except Stopped:
         dist.destroy_process_group()
+        raise
+    except Exception as error:  # the group is left as it is: destroying it could wait for the lost
+        if not is_lost_peer(error):
+            raise
+        raise peers.explain(error) from error
+    dist.destroy_process_group()
+
+
+@contextmanager
+def agreed(*, rank0_first: bool = False) -> Iterator[None]:
+    """A UserError on one rank is raised on all, so that nobody waits for a process that left.
+
+    rank0_first: the others begin when rank 0 is done, so that what it generates is written once.
+    """
+    own = None
+    if rank0_first and rank() != 0 and (text := from_rank0(None)) is not None:
+        raise _everywhere(text)
+    try:
+        yield
+    except UserError as error:
+        if not is_distributed():
+            raise
+        own = str(error)
+    if rank0_first and rank() == 0:
+        from_rank0(own)
+        if own is not None:
+            raise _everywhere(own)
+    if found := [text for text in all_gather_objects(own) if text is not None]:
+        raise _everywhere(found[0])
+
+
+def _everywhere(text: str) -> UserError:
+    error = UserError(text)
+    error.everywhere = True
+    return error
 
 
 def shared_count(count: Tensor) -> Tensor:
@@ -77,19 +127,13 @@ def all_gather_objects(item: object) -> list:
     return items
 
 
-def from_rank0(item: T) -> T:
+def from_rank0(item: Any) -> Any:
     """Rank 0's `item` on every rank."""
     if not is_distributed():
         return item
     box: list = [item]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def rank0_first() -> None:
-    """Call once before (on the other ranks) and once after (on rank 0) work that rank 0 must do first."""
-    if is_distributed():
-        dist.barrier()
 
 
 def maximum(values: Tensor) -> Tensor:
@@ -112,6 +156,8 @@ def wrap(detector: nn.Module) -> nn.Module:
     if not is_distributed() or world_size() == 1:
         return detector
     # Buffers are not broadcast: statistics are averaged over ranks instead, so that no rank's are thrown away.
-    return nn.parallel.DistributedDataParallel(
-        detector, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=False
-    )
+    ddp = nn.parallel.DistributedDataParallel
+    names = ("forward_sync_buffers", "broadcast_buffers")  # PyTorch 2.14 gave it a new name
+    name = next(name for name in names if name in inspect.signature(ddp).parameters)
+    options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True, "find_unused_parameters": False}
+    return ddp(detector, **options)

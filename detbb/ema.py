@@ -1,9 +1,9 @@
 """Exponential moving average of what is trained, and of nothing else.
 
-e += (1 - d) (w - e) by `torch._foreach_lerp_`: exact where e equals w, unlike d e + (1 - d) w, which drifts by rounding.
-A frozen tensor is never stored: its average is the tensor. Averages are kept in fp32 at least (a bf16 one would stand still
-at d = 0.999). BN running statistics that move are averaged like weights, with the same decay; integer buffers are not
-stored either: a view reads the live ones.
+e += (1 - d) (w - e) by `torch._foreach_lerp_`: exact where e equals w, unlike d e + (1 - d) w, which drifts by
+rounding. A frozen tensor is never stored: its average is the tensor. Averages are kept in fp32 at least (a bf16 one
+would stand still at d = 0.999). BN running statistics that move are averaged like weights, with the same decay; integer
+buffers are not stored either: a view reads the live ones.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def view(detector: Detector, replaced: Mapping[str, Tensor] = {}) -> Detector:
 
     Costs no tensor memory. Evaluating it leaves the live detector's mode, gradients and statistics alone.
     """
-    # deepcopy looks an object up in `memo` by id before it copies it: with all tensors listed there, only modules are copied.
+    # deepcopy looks an object up in `memo` by id before it copies it: with all tensors listed, only modules are copied.
     memo: dict[int, Any] = {}
     for name, parameter in detector.named_parameters():
         tensor = replaced.get(name, parameter.detach()).to(parameter.device, parameter.dtype)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import json
+import time
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """What the user gave cannot work: what is wrong, the value, what is valid, where. Commands exit with 2."""
+
+    everywhere = False  # every rank raises the same error, so one of them says it
+
+
+class PeerLost(RuntimeError):
+    """Another process ended or gave no answer; the message says which. Its own error is the original one."""
 
 
 class Stopped(Exception):
@@ -16,6 +24,14 @@ class Stopped(Exception):
     def __init__(self, signal: int) -> None:
         super().__init__(f"stopped by signal {signal}")
         self.signal = signal
+
+
+def tell_torchrun(error_file: str | None, text: str) -> None:
+    """Make `text` what torchrun shows last, as the error of the process that was given this TORCHELASTIC_ERROR_FILE."""
+    if error_file:
+        details = {"py_callstack": text.strip(), "timestamp": str(int(time.time()))}
+        with open(error_file, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": text.strip(), "extraInfo": details}}, file)
 
 
 def unknown_name(where: str, name: str, valid: Iterable[str]) -> UserError:

@@ -24,12 +24,11 @@ from detbb.data.annotations import Annotations
 from detbb.data.images import BadImage, read_image
 from detbb.data.semantic import read_mask
 from detbb.detector import ClassList, Detector
-from detbb.distributed import all_gather_objects, from_rank0, processes, rank, rank0_first, world_size
+from detbb.distributed import agreed, all_gather_objects, from_rank0, processes, rank, world_size
 from detbb.errors import UserError, unknown_name
 from detbb.files import write_atomically
 from detbb.heads.base import Head
 from detbb.predictions import Predictions
-from detbb.setup import agreed
 
 SAMPLE_SIDE = 480  # longest side of a picture in samples.png
 
@@ -235,9 +234,7 @@ def _settings(content: dict[str, Any], config: str | Path | None, overrides: Seq
 def _read(content: dict[str, Any], settings: Config, heads: Sequence[str] | None, split: str) -> dict[str, Annotations]:
     """The split of every head to evaluate, with the checkpoint's classes; each source is read once."""
     chosen: dict[str, Annotations] = {}
-    if rank() != 0:
-        rank0_first()  # generated sets are written once
-    with agreed():
+    with agreed(rank0_first=True):
         read: dict[tuple[str, tuple[str, ...]], Annotations | None] = {}
         for name in settings.heads if heads is None else heads:
             source = settings.heads[name].data
@@ -251,6 +248,4 @@ def _read(content: dict[str, Any], settings: Config, heads: Sequence[str] | None
                 raise UserError(f"--head {name}: data.{source} has no {split!r} split")
         if not chosen:
             raise UserError(f"--split {split}: no head of this checkpoint has data for it")
-        if rank() == 0:
-            rank0_first()
     return chosen

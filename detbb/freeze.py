@@ -1,8 +1,9 @@
 """The freeze rule, in one place.
 
-A frozen part keeps every bit: its parameters need no gradient and hold none, it stays in eval mode through every `.train()`
-(so norm statistics and dropout rest), and it is in no optimizer, no average and no DDP bucket. Nothing is replaced: keys,
-ids and modules stay, so freezing is reversible. Everything else about freezing is derived from `frozen_names` below.
+A frozen part keeps every bit: its parameters need no gradient and hold none, it stays in eval mode through every
+`.train()` (so norm statistics and dropout rest), and it is in no optimizer, no average and no DDP bucket. Nothing is
+replaced: keys, ids and modules stay, so freezing is reversible. Everything else about freezing is derived from
+`frozen_names` below.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class NormRule:
 
 class FrozenTensorChanged(RuntimeError):
     """A tensor that this run promised not to touch is not what it was."""
+
+    everywhere = True  # as in errors.UserError
 
 
 def resolve(detector: Detector, name: str) -> list[tuple[str, nn.Module]]:

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 
 from detbb import freeze, optim, report
-from detbb.checkpoint import FORMAT_VERSION, CheckpointFolder, frozen_entry, versions
+from detbb.checkpoint import FORMAT_VERSION, frozen_entry, versions
+from detbb.checkpoint_folder import CheckpointFolder
 from detbb.config import Config
 from detbb.config_loading import config_to_dict
 from detbb.data.annotations import Annotations
-from detbb.distributed import all_gather_objects, rank, world_size
+from detbb.distributed import agreed, all_gather_objects, rank, world_size
 from detbb.ema import view
 from detbb.errors import Stopped
 from detbb.evaluate import evaluate_detector
+from detbb.feature_cache import FeatureCache
 from detbb.log import RunLog
 from detbb.phases import Phase, phase_at
-from detbb.step import Learner, Outcome, read_losses
+from detbb.step import Learner, NonFinite, Outcome, read_losses
 from detbb.stopping import StopSignals
 
 
@@ -61,6 +63,9 @@ def after_step(run: Run, outcome: Outcome, *, lr: float, step_s: float, data_s: 
     for path in sorted(set(outcome.bad_images) - run.bad_images):
         run.bad_images.add(path)
         run.log.info(f"WARNING: left out an image that cannot be read ({len(run.bad_images)} so far): {path}")
+    if isinstance(run.learner.prefix, FeatureCache):
+        for line in run.learner.prefix.news():
+            run.log.info(line)
     if outcome.skipped:
         run.log.info(f"WARNING: step {run.step} was skipped: a loss or gradient was not finite")
     if run.step % run.config.log.every == 0 or run.step == run.steps:
@@ -97,13 +102,27 @@ def verify(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Verify what is frozen, then write a checkpoint; rank 0 writes."""
+    """Verify what is frozen and that all is finite; then rank 0 writes a checkpoint, and all know if it cannot."""
     if (difference := run.learner.statistics_difference()) > 0:
         run.log.info(f"running statistics are averaged over ranks; their largest difference was {difference:.3g}")
     verify(run)
-    if rank() == 0:
-        run.checkpoints.save(content(run))
+    refuse_nonfinite(run)
+    with agreed():
+        if rank() == 0:
+            run.log.sync()  # a resumed run trusts the log up to the checkpoint's step
+            run.checkpoints.save(content(run))
     run.saved = run.step
+
+
+def refuse_nonfinite(run: Run) -> None:
+    """Raise NonFinite if a weight, statistic or average is NaN or infinite: finite gradients can still overflow one."""
+    averages = run.learner.ema.tensors if run.learner.ema is not None else {}
+    tensors = [*run.learner.detector.state_dict().items(), *((f"ema of {n}", t) for n, t in averages.items())]
+    if broken := [name for name, tensor in tensors if not tensor.isfinite().all()]:
+        raise NonFinite(
+            f"step {run.step}: NaN or infinite values in {', '.join(broken[:5])} ({len(broken)} tensors); "
+            f"not saved, the newest checkpoint is of step {max(run.saved, 0)}"
+        )
 
 
 def content(run: Run) -> dict[str, Any]:
@@ -155,7 +174,7 @@ def missing_evaluations(run: Run) -> list[str]:
 
 
 def evaluate_now(run: Run) -> None:
-    """Evaluate every branch that has a val split, log it, and move best.pt, which follows the first weights evaluated."""
+    """Evaluate every branch that has a val split, log it, and move best.pt (by the first weights evaluated)."""
     detector, heads = run.learner.detector, evaluated_heads(run)
     for weights in missing_evaluations(run):
         seen = run.learner.ema.view(detector) if weights == "ema" and run.learner.ema else view(detector)
@@ -170,8 +189,9 @@ def evaluate_now(run: Run) -> None:
             run.metrics = metrics
             if metrics.get(best_metric(run), float("-inf")) > run.best:
                 run.best = metrics[best_metric(run)]
-                if rank() == 0:
-                    run.checkpoints.mark_best(run.step, lambda: content(run))
+                with agreed():
+                    if rank() == 0:
+                        run.checkpoints.mark_best(run.step, lambda: content(run))
         pictures = {n: output / n / "samples.png" for n in heads if (output / n / "samples.png").exists()}
         run.log.evaluation(run.step, weights, metrics, images=pictures)
         run.evaluated.add((run.step, weights))

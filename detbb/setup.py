@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from torch import nn
 
 from detbb import checkpoint as checkpoints
 from detbb import freeze
-from detbb.checkpoint import CheckpointFolder
+from detbb.checkpoint_folder import CheckpointFolder
 from detbb.config import Config
 from detbb.config_loading import config_to_dict
-from detbb.data import read_split
 from detbb.data.annotations import Annotations
+from detbb.data.doctor import examine
 from detbb.detector import ClassList, Detector, build_detector
-from detbb.distributed import all_gather_objects, is_distributed, rank, rank0_first
+from detbb.distributed import agreed, all_gather_objects, rank
 from detbb.errors import UserError
 from detbb.heads import find_head
 from detbb.norm import FrozenBatchNorm2d
@@ -37,28 +37,23 @@ class Start:
     step: int | None = None  # what the logs hold of later steps is dropped; None: there is nothing to drop
 
 
-@contextmanager
-def agreed() -> Iterator[None]:
-    """A UserError on one rank is raised on all, so that nobody waits for a process that left."""
-    error: UserError | None = None
-    try:
-        yield
-    except UserError as raised:
-        error = raised
-    if is_distributed():
-        everyone = all_gather_objects(None if error is None else str(error))
-        first = next((text for text in everyone if text is not None), None)
-        if error is None and first is not None:
-            error = UserError(first)
-    if error is not None:
-        raise error
-
-
 def open_run_folder(config: Config, resume: str | None) -> Start:
     """Where the run starts: `resume` is None, `auto`, or a checkpoint file.
 
     Raises: UserError: the folder holds a run and `resume` is None; the named checkpoint cannot be used.
     """
+    with agreed():
+        start = _find_start(config, resume)
+    with agreed():
+        if len(steps := set(all_gather_objects(start.step))) > 1:
+            raise UserError(
+                f"output_dir: the processes find checkpoints of steps {sorted(steps)} in {config.output_dir!r}; "
+                "it must be one folder that all of them share"
+            )
+    return start
+
+
+def _find_start(config: Config, resume: str | None) -> Start:
     folder = CheckpointFolder(Path(config.output_dir) / "checkpoints", config.checkpoint.keep)
     if resume is None:
         if (Path(config.output_dir) / "config.yaml").exists() or folder.steps():
@@ -90,29 +85,24 @@ def needs_by_source(config: Config, heads: Collection[str] | None = None) -> dic
 def read_sources(config: Config) -> tuple[dict[str, Annotations], dict[str, Annotations]]:
     """The train and val annotations of every data source in use, by its name.
 
-    Rank 0 reads first: generated sets are written once. Raises: UserError: a head needs what its source does not hold.
+    Rank 0 reads first: generated sets are written once, and one process looks at the files. Raises: UserError: all that
+    is refused in the data, or a head needs what its source does not hold.
     """
-    train: dict[str, Annotations] = {}
-    val: dict[str, Annotations] = {}
-    if rank() != 0:
-        rank0_first()
-    with agreed():
-        for name, needs in needs_by_source(config).items():
-            for split, found in (("train", train), ("val", val)):
-                annotations = read_split(config.data[name], split, name)
-                if annotations is None:
-                    continue
+    with agreed(rank0_first=True):
+        needed = needs_by_source(config)
+        report = examine({name: config.data[name] for name in needed}, files=rank() == 0)
+        report.check()
+        train, val = report.annotations("train"), report.annotations("val")
+        for name, needs in needed.items():
+            if name not in train:
+                raise UserError(f"data.{name}.train: names no images and annotations, so there is nothing to train on")
+            for split, annotations in (("train", train[name]), ("val", val.get(name))):
                 for need in sorted(needs):
-                    if not annotations.has(need):
+                    if annotations is not None and not annotations.has(need):
                         heads = [
                             h for h, c in config.heads.items() if c.data == name and find_head(c.type).needs == need
                         ]
                         raise UserError(f"heads.{heads[0]}: needs {need}, which data.{name}.{split} does not hold")
-                found[name] = annotations
-            if name not in train or not len(train[name]):
-                raise UserError(f"data.{name}.train: no images to train on")
-        if rank() == 0:
-            rank0_first()
     return train, val
 
 
@@ -128,7 +118,7 @@ def check_data(detector: Detector, config: Config, splits: list[dict[str, Annota
 
 
 def repairs(train: dict[str, Annotations], val: dict[str, Annotations]) -> list[str]:
-    """Lines about faults of the annotations that the readers repaired."""
+    """Lines about faults of the data that were repaired."""
     splits = [*((f"data.{n}.train", a) for n, a in train.items()), *((f"data.{n}.val", a) for n, a in val.items())]
     return [f"WARNING: {where}: {fault}" for where, annotations in splits for fault in annotations.faults]
 
@@ -193,7 +183,7 @@ def refuse_random(config: Config, phases: list[Phase], detector: Detector, rando
             continue
         if all(_covers(phase.freeze, name) for phase in phases):
             raise UserError(
-                f"freeze: {name} has random weights and would never be trained, so what follows it would learn from noise; "
+                f"freeze: {name} has random weights and would never be trained, so the rest would learn from noise; "
                 f"give weights (backbone.weights or init_from), or say {part}.allow_random: true"
             )
         warnings.append(f"WARNING: {name} starts frozen with random weights; it is trained in a later phase")
@@ -254,6 +244,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
     return {k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def check_workers(config: Config) -> list[str]:
+    """A line if this machine's processes start more workers than it has cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = config.train.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    more = f"train.workers: {workers} data workers on {cores} cores take time from the training; fewer may be faster"
+    return [more] if workers > cores else []
 
 
 def count_parameters(module: nn.Module) -> str:

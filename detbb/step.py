@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from detbb import freeze, optim
 from detbb.config import TrainConfig
 from detbb.data.batch import Batch
 from detbb.detector import Detector
-from detbb.distributed import all_gather_objects, maximum, mean, rank
+from detbb.distributed import all_gather_objects, maximum, mean, rank, world_size
 from detbb.ema import Ema
 from detbb.files import save_tensors
 from detbb.norm import average_statistics
@@ -26,6 +27,8 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 class NonFinite(RuntimeError):
     """A loss or gradient was not finite; the message names step, ranks, loss terms, images and the saved batch."""
+
+    everywhere = True  # as in errors.UserError
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Learner:
     scaler: torch.amp.GradScaler
     optimizer: torch.optim.Optimizer = field(init=False)
     model: nn.Module = field(init=False)  # the detector, in DDP where there are several processes
+    prefix: Callable[[Batch], Batch] | None = None  # computes what is frozen; the detector goes on from there
     skipped_in_row: int = 0
     _difference: Tensor | None = None
 
@@ -63,7 +67,7 @@ class Outcome:
     images: int  # of this rank
     stop: int  # the signal that a rank received, or 0
     skipped: bool
-    bad_images: tuple[str, ...] = ()
+    bad_images: tuple[str, ...] = ()  # of all ranks: files that were left out
 
 
 def train_step(
@@ -80,27 +84,38 @@ def train_step(
     optim.set_lr(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
+    trained = detector.trained()
+    reached = torch.zeros(len(trained), device=learner.device)  # which a loss of any rank depends on
     for index, batch in enumerate(batches):
         batch = batch.to(learner.device)
+        if learner.prefix is not None:
+            batch = learner.prefix(batch)
         with _reduced_once(learner.model, last=index == len(batches) - 1):
             with torch.autocast(learner.device.type, *_autocast(learner.config)):
                 losses = learner.model(batch)
             total = torch.stack([v.to(torch.promote_types(v.dtype, torch.float32)) for v in losses.values()]).sum()
             learner.scaler.scale(total / len(batches)).backward()
+        if world_size() > 1:
+            reached += reached.new_tensor(detector.reached)
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach() / len(batches)
-    parameters = dict(detector.named_parameters())
-    for name in detector.untouched(batches[0].source):
-        parameters[name].grad = None  # joined with a zero for DDP's sake; momentum and decay must not see it
+    bad_images = [path for batch in batches for path in batch.bad_images]
     learner.scaler.unscale_(optimizer)
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    gradients = [p.grad for p in trained if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     loss_ok = torch.stack(list(sums.values())).isfinite().all()
-    # The one synchronisation of a step: all ranks learn whether anything is not finite and whether anybody must stop.
-    flags = torch.stack([(~loss_ok).float(), (~norm.isfinite()).float(), norm.new_tensor(stop(), dtype=torch.float32)])
-    bad_loss, bad_gradient, signal = (int(v) for v in maximum(flags).tolist())
+    # The one synchronisation of a step: all ranks learn whether anything is not finite, whether anybody must stop or
+    # left out an image, and which parameters the losses of any rank depend on.
+    noted = reached.new_tensor([stop(), len(bad_images)])
+    flags = torch.stack([(~loss_ok).float(), (~norm.isfinite()).float(), *noted])
+    bad_loss, bad_gradient, signal, bad_image, *seen = (int(v) for v in maximum(torch.cat([flags, reached])).tolist())
     outcome = Outcome(sums, norm, sum(len(b.targets) for b in batches), signal, skipped=bool(bad_loss or bad_gradient))
-    outcome.bad_images = tuple(path for b in batches for path in b.bad_images)
+    if bad_image:
+        outcome.bad_images = tuple(path for paths in all_gather_objects(bad_images) for path in paths)
+    if world_size() > 1:
+        for parameter, anywhere in zip(trained, seen, strict=True):
+            if not anywhere:
+                parameter.grad = None  # the zero was for DDP; momentum and decay must not see it
     if not outcome.skipped:
         _update(learner, gradients, norm)
         return outcome
@@ -141,12 +156,17 @@ def _refuse(learner: Learner, batches: list[Batch], sums: dict[str, Tensor], *, 
     everyone = all_gather_objects((terms, images))
     if learner.config.on_nonfinite == "skip" and learner.skipped_in_row <= learner.config.max_skipped:
         return
-    saved = folder / f"nonfinite_step_{step:07d}_rank_{rank()}.pt"
-    save_tensors(saved, {"step": step, "losses": terms, "batches": [_plain(b) for b in batches]})
-    details = "; ".join(f"rank {r}: losses {t}, image ids {i}" for r, (t, i) in enumerate(everyone))
+    blamed = [r for r, (t, _) in enumerate(everyone) if not all(map(math.isfinite, t.values()))] or [
+        *range(len(everyone))
+    ]
+    saved = f"{folder}/nonfinite_step_{step:07d}_rank_{{}}.pt"
+    if rank() in blamed:
+        content = {"step": step, "losses": terms, "batches": [_plain(b) for b in batches]}
+        save_tensors(Path(saved.format(rank())), content)
+    details = "; ".join(f"rank {r}: losses {everyone[r][0]}, image ids {everyone[r][1]}" for r in blamed)
     raise NonFinite(
         f"step {step}: a loss or gradient is not finite ({details}); no weight was changed, "
-        f"the batch is saved in {saved}"
+        f"the batch is saved in {saved.format(blamed[0] if len(blamed) == 1 else '*')}"
     )
 
 

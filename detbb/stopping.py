@@ -11,6 +11,8 @@ from typing import Any, Self
 class StopSignals:
     """While entered, SIGTERM and SIGINT only set `received`; a second signal ends the process at once.
 
+    Not so under torchrun: what a scheduler sent to everybody, torchrun passes on once more, so the second is the same.
+
     The loop reads `received` at step boundaries, agrees on it over ranks, saves, and leaves.
     """
 
@@ -32,6 +34,6 @@ class StopSignals:
         return self.received
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.received:
+        if self.received and "TORCHELASTIC_RUN_ID" not in os.environ:
             os._exit(128 + number)
         self.received = number

@@ -10,15 +10,19 @@ from typing import Any
 
 import torch
 
-from detbb import freeze, optim, report, setup
-from detbb.checkpoint import CheckpointFolder
+from detbb import cache_setup, freeze, optim, report, setup
+from detbb.checkpoint_folder import CheckpointFolder
 from detbb.config import Config
 from detbb.config_loading import save_config
 from detbb.data import train_loader
 from detbb.data.batch import Batch
+from detbb.data.sampler import mix
 from detbb.distributed import from_rank0, processes, rank, world_size, wrap
 from detbb.ema import Ema
 from detbb.errors import Stopped, UserError
+from detbb.feature_cache import FeatureCache
+from detbb.files import remove_leftovers
+from detbb.frozen_prefix import FrozenPrefix, compiled, last_frozen
 from detbb.log import RunLog, read_evaluations, summary_table
 from detbb.phases import Phase, phase_at, plan_phases
 from detbb.run import Run, after_step, best_metric, check_gradients, due, evaluate_now, missing_evaluations, save
@@ -33,8 +37,7 @@ def train(config: Config, *, resume: str | None = None) -> Path:
     Raises: UserError: config, data or checkpoint cannot work; Stopped: a signal came, and a checkpoint is safe.
     """
     with processes(config) as device, StopSignals() as stop:
-        with setup.agreed():
-            start = setup.open_run_folder(config, resume)
+        start = setup.open_run_folder(config, resume)
         run = prepare(config, start, device, stop)
         try:
             if start.checkpoint is not None and due(run, config.eval.every) and missing_evaluations(run):
@@ -59,6 +62,7 @@ def prepare(config: Config, start: setup.Start, device: torch.device, stop: Stop
             names = ", ".join(phase.freeze)
             raise UserError(f"freeze: phase {phase.index} freezes everything ({names}); nothing would learn")
     lines += setup.repairs(train_data, val_data)
+    cache_setup.check(config, detector, phases, train_data)
     lines += setup.refuse_random(config, phases, detector, random)
     setup.check_data(detector, config, [train_data, val_data])
     detector.to(device)
@@ -66,6 +70,10 @@ def prepare(config: Config, start: setup.Start, device: torch.device, stop: Stop
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     learner = Learner(detector, ema, config.train, device, scaler)
     folder = Path(config.output_dir)
+    checkpoint_folder = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
+    if rank() == 0 and start.step is not None:
+        remove_leftovers(folder)
+        start.notes.extend(checkpoint_folder.go_on_from(start.step))
     run = Run(
         config,
         folder,
@@ -73,7 +81,7 @@ def prepare(config: Config, start: setup.Start, device: torch.device, stop: Stop
         train_data,
         val_data,
         learner,
-        CheckpointFolder(folder / "checkpoints", config.checkpoint.keep),
+        checkpoint_folder,
         RunLog(folder, resume_step=start.step, rank=rank()),
         report.FreezeJournal(folder / "freeze.json", resumed=checkpoint is not None),
         stop,
@@ -83,7 +91,7 @@ def prepare(config: Config, start: setup.Start, device: torch.device, stop: Stop
     if checkpoint is not None:
         lines += setup.config_changes(config, checkpoint)
         restore(run, checkpoint)
-    for line in [*start.notes, *lines, setup.count_parameters(detector)]:
+    for line in [*start.notes, *lines, *setup.check_workers(config), setup.count_parameters(detector)]:
         run.log.info(line)
     return run
 
@@ -91,6 +99,10 @@ def prepare(config: Config, start: setup.Start, device: torch.device, stop: Stop
 def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     """Everything of a checkpoint but the model's tensors, which the detector started from."""
     run.step = run.saved = checkpoint["step"]
+    if (then := checkpoint["optimizer"]["type"]) != (now := run.config.optimizer.type):
+        raise UserError(
+            f"--resume: optimizer.type is {now!r}, the checkpoint's is {then!r}; use init_from to change it"
+        )
     run.learner.skipped_in_row = checkpoint["data"]["skipped_in_row"]
     if run.learner.ema is not None and checkpoint["ema"] is not None:
         run.learner.ema.load_state_dict(checkpoint["ema"])
@@ -98,7 +110,8 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
         run.learner.scaler.load_state_dict(checkpoint["scaler"])
     lines = from_rank0(read_evaluations(run.folder / "metrics.jsonl"))
     run.evaluated = {(line["step"], line["weights"]) for line in lines}
-    run.best = max((v for line in lines if (v := line.get(best_metric(run))) is not None), default=run.best)
+    if from_rank0((run.checkpoints.folder / "best.pt").exists()):
+        run.best = max((v for line in lines if (v := line.get(best_metric(run))) is not None), default=run.best)
     if changed := freeze.changed(run.learner.detector, checkpoint["frozen"]["digests"]):
         raise freeze.FrozenTensorChanged(freeze.explain(run.learner.detector, changed))
 
@@ -112,7 +125,7 @@ def train_phase(run: Run, phase: Phase, start: setup.Start) -> None:
         clock = time.perf_counter()
         for batch, data_s in batches:
             lr = config.optimizer.lr * optim.lr_factor(run.step, config.schedule, run.steps)
-            torch.manual_seed(config.seed * 1_000_003 + run.step)  # dropout: a function of (seed, step) alone
+            torch.manual_seed(mix(config.seed, run.step, rank()))  # for dropout, which no other state must influence
             outcome = train_step(learner, batch, lr=lr, stop=run.stop, folder=run.folder, step=run.step)
             run.step += 1
             missing = check_gradients(run, phase, missing)
@@ -139,14 +152,21 @@ def enter(run: Run, phase: Phase, start: setup.Start) -> None:
     if learner.ema is not None:
         learner.ema.follow(detector)
     learner.model = wrap(detector)
+    prefix = FrozenPrefix(detector, config.train, say=run.log.info) if last_frozen(detector) else None
+    steps = phase.end - run.step
+    learner.prefix, lines = cache_setup.with_cache(prefix, config, detector, data=run.train_data, steps=steps)
+    for line in lines:
+        run.log.info(line)
+    detector.compiled = compiled(detector.resume, "what is trained", run.log.info) if config.train.compile else None
     run.digests = freeze.digests(detector.state_dict(), freeze.frozen_names(detector))
-    lr = config.optimizer.lr * optim.lr_factor(run.step, config.schedule, run.steps)
+    lr = config.optimizer.lr * optim.lr_factor(phase.start, config.schedule, run.steps)
     rows = report.rows(detector, learner.optimizer, lr=lr, averaged=list(learner.ema.tensors) if learner.ema else [])
     notes = report.findings(detector, phase)
     run.log.table(report.table(phase, rows))
     for note in notes:
         run.log.info(f"WARNING: {note}")
-    run.log.text("freeze", report.markdown(phase, rows, notes), run.step)
+    if run.step == phase.start:  # not again where a phase is resumed
+        run.log.text("freeze", report.markdown(phase, rows, notes), run.step)
     if rank() == 0:
         run.journal.begin(phase, rows, notes, run.digests)
 
@@ -159,6 +179,7 @@ def step_batches(run: Run, phase: Phase) -> Generator[tuple[list[Batch], float]]
         {name: a for name, a in run.train_data.items() if name in used},
         run.config,
         needs=setup.needs_by_source(run.config, learning),
+        stores=run.learner.prefix.stores if isinstance(run.learner.prefix, FeatureCache) else None,
         start_step=run.step,
         end_step=phase.end,
         rank=rank(),

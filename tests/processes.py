@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 import tempfile
 import time
@@ -20,8 +21,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
     function: of a module's top level. Raises what the first failing rank raised, or TimeoutError; no process is left.
     """
+    multiprocessing.set_forkserver_preload(["detbb.train"])  # imported once; the processes are forked from there
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_run, (function, world_size, folder, timeout_s, args), nprocs=world_size, join=False)
+        arguments = (function, world_size, folder, timeout_s, args)
+        context = mp.start_processes(_run, arguments, nprocs=world_size, join=False, start_method="forkserver")
         end = time.monotonic() + timeout_s
         try:
             while not context.join(timeout=1):

@@ -29,7 +29,7 @@ WIDE = {
     "detbb.checkpoint",
     "detbb.export",
 }
-MOST_IMPORTS = 10
+MOST_IMPORTS = 12
 
 
 def module_name(path: Path) -> str:

@@ -54,18 +54,35 @@ class Target:
         return replace(self, **moved)
 
 
+class Entry(NamedTuple):
+    """Where an image's features are in the feature cache, or belong."""
+
+    slot: int
+    image: bytes  # SHA-256 of the file; empty: not to be stored
+    stored: bool  # if so, `Batch.images` leaves the image out
+
+
+class Given(NamedTuple):
+    """What frozen parts made of a batch's images, up to the part `after` (`stem`, `layer1` …, or `neck`)."""
+
+    after: str
+    levels: dict[str, Tensor]  # by stage or level: `after`'s output, and the others that later parts read
+
+
 @dataclass
 class Batch:
     """Images of one data source.
 
     images: (B, 3, H, W) uint8 RGB; each image in the upper left corner, the rest is padding. H and W are multiples of
-    the stride the network needs, and the same on every rank.
+    the stride the network needs, and the same on every rank. Images whose features are cached are left out (B is less).
     """
 
     images: Tensor
     targets: list[Target]
     source: str
     bad_images: tuple[str, ...] = ()  # files left out or replaced because they could not be decoded
+    entries: tuple[Entry, ...] = ()  # one an image where the source has a feature cache
+    given: Given | None = None  # what is computed already
 
     @property
     def sizes(self) -> list[ImageSize]:
@@ -87,8 +104,8 @@ def collate(
     at_least: tuple[int, int] = (0, 0),
 ) -> Batch:
     """Pad (3, h, w) uint8 images with zeros to one size that is a multiple of `stride` and covers `at_least` (h, w)."""
-    height = -(-max(at_least[0], *(i.shape[1] for i in images)) // stride) * stride
-    width = -(-max(at_least[1], *(i.shape[2] for i in images)) // stride) * stride
+    height = -(-max([at_least[0], *(i.shape[1] for i in images)]) // stride) * stride
+    width = -(-max([at_least[1], *(i.shape[2] for i in images)]) // stride) * stride
     padded = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
     for row, image in zip(padded, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image

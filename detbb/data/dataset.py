@@ -8,134 +8,59 @@ import multiprocessing
 import signal
 from collections.abc import Generator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader, Dataset
 
 from detbb.config import Config, DataConfig
 from detbb.data.annotations import Annotations
-from detbb.data.batch import Batch, ImageSize, Target, collate
-from detbb.data.images import BadImage, read_image, safe_join
+from detbb.data.batch import Batch, Entry, Target, collate
+from detbb.data.images import BadImage
+from detbb.data.reader import Reader
 from detbb.data.sampler import MicroBatch, SampleKey, SampleOrder, StepSampler, Turns, mix
-from detbb.data.semantic import read_mask
-from detbb.data.transforms import Sample, Transform, rasterize, resize
 from detbb.errors import UserError
 
-
-class Reader:
-    """One source's images with their targets."""
-
-    def __init__(
-        self,
-        annotations: Annotations,
-        config: DataConfig,
-        *,
-        train: bool,
-        needs: frozenset[str] = frozenset(),
-        seed: int = 0,
-    ) -> None:
-        """`needs`: what to load beside boxes and labels: `masks`, `keypoints`, `semantic`."""
-        if missing := sorted(need for need in needs if not annotations.has(need)):
-            raise UserError(f"{annotations.root}: the annotations hold no {', '.join(missing)}, which a head needs")
-        self.annotations, self.config = annotations, config
-        self._needs, self._seed = needs, seed
-        flips = annotations.flip_pairs if "keypoints" in needs else ()
-        self.transform = Transform(config, train=train, flip_pairs=flips, semantic="semantic" in needs)
-
-    def stream(self, index: int, epoch: int) -> int:
-        """Seed of this image's augmentation."""
-        return mix(self._seed, epoch, int(self.annotations.image_ids[index]))
-
-    def size(self, index: int, epoch: int) -> tuple[int, int]:
-        """(h, w) that the image is resized to, known without reading it."""
-        height, width = self.annotations.sizes[index].tolist()
-        return self.transform.size((height, width), self.stream(index, epoch))
-
-    def read(self, index: int, epoch: int = 0, step: int = 0) -> tuple[Tensor, Target]:
-        """A (3, h, w) uint8 image and its target. Raises BadImage for files, UserError for annotations."""
-        annotations = self.annotations
-        height, width = annotations.sizes[index].tolist()
-        path = safe_join(annotations.root, annotations.file_names[index])
-        image = read_image(path, self.config.max_pixels)
-        if image.shape[:2] != (height, width):
-            raise BadImage(path, f"is {image.shape[1]} x {image.shape[0]}, its annotations say {width} x {height}")
-        try:
-            sample = self._sample(image, index, self.size(index, epoch))
-            sample = self.transform(sample, self.stream(index, epoch))
-        except BadImage:
-            raise
-        except Exception as e:  # albumentations, or a run-length code that is none
-            raise UserError(f"{path}: masks or augmentation failed: {' '.join(str(e).split())}") from e
-        return torch.from_numpy(sample.image).permute(2, 0, 1).contiguous(), self._target(sample, index, step)
-
-    def blank(self, index: int) -> tuple[Tensor, Target]:
-        """A black image of the same size, to evaluate in place of one that cannot be decoded."""
-        height, width = self.annotations.sizes[index].tolist()
-        sample = self._sample(np.zeros((height, width, 3), dtype=np.uint8), index, self.size(index, 0))
-        return torch.from_numpy(sample.image).permute(2, 0, 1).contiguous(), self._target(
-            self.transform(sample, 0), index, 0
-        )
-
-    def _sample(self, image: np.ndarray, index: int, hw: tuple[int, int]) -> Sample:
-        annotations = self.annotations
-        rows = np.arange(len(annotations.labels))[annotations.rows(index)]
-        rows = rows[~annotations.crowd[rows]]
-        boxes = annotations.boxes_xywh[rows].copy()
-        boxes[:, 2:] += boxes[:, :2]
-        sample = Sample(image, boxes.clip(-1e6, 1e6), rows)
-        if "keypoints" in self._needs and annotations.keypoints is not None:
-            sample.keypoints = annotations.keypoints[rows]
-        if "semantic" in self._needs:
-            sample.semantic = read_mask(annotations, index)
-        sample = resize(sample, hw)
-        if "masks" in self._needs and annotations.segments is not None:
-            sample.masks = rasterize(annotations.segments, rows, (image.shape[0], image.shape[1]), hw)
-        return sample
-
-    def _target(self, sample: Sample, index: int, step: int) -> Target:
-        annotations = self.annotations
-        image_id = int(annotations.image_ids[index])
-        height, width = sample.image.shape[:2]
-        image_labels = torch.zeros(len(annotations.classes), dtype=torch.bool)
-        image_labels[annotations.labels[annotations.rows(index)].astype(np.int64)] = True
-        return Target(
-            image_id=image_id,
-            size=ImageSize((height, width), tuple(annotations.sizes[index].tolist())),
-            seed=mix(self._seed, step, image_id),
-            boxes=torch.from_numpy(sample.boxes.astype(np.float32)),
-            labels=torch.from_numpy(annotations.labels[sample.objects].astype(np.int64)),
-            image_labels=image_labels,
-            masks=None if sample.masks is None else torch.from_numpy(sample.masks),
-            keypoints=None if sample.keypoints is None else torch.from_numpy(sample.keypoints),
-            semantic=None if sample.semantic is None else torch.from_numpy(np.ascontiguousarray(sample.semantic)),
-        )
+if TYPE_CHECKING:
+    from detbb.feature_cache import Store
 
 
 class TrainDataset(Dataset):
     """Images by SampleKey; whole micro-batches become a Batch."""
 
-    def __init__(self, readers: Mapping[str, Reader], stride: int = 32) -> None:
-        self._readers, self._stride = readers, stride
+    def __init__(
+        self, readers: Mapping[str, Reader], stride: int = 32, *, stores: Mapping[str, Store] | None = None
+    ) -> None:
+        self._readers, self._stride, self._stores = readers, stride, stores or {}
+        self._largest = {name: r.largest() for name, r in readers.items() if r.config.pad == "source"}
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, Target]:
-        return self._read(key)[:2]
+        image, target, *_ = self._read(key)
+        assert image is not None
+        return image, target
 
     def __getitems__(self, keys: MicroBatch) -> Batch | UserError:
         """The padded batch, or the error to raise in the main process (a worker's traceback is no use to a user)."""
         try:
             samples = [self._read(k) for k in keys]
-            images, targets = [s[0] for s in samples], [s[1] for s in samples]
+            images, targets = [s[0] for s in samples if s[0] is not None], [s[1] for s in samples]
             batch = collate(images, targets, keys[0].source, self._stride, self._padded(keys))
-            return replace(batch, bad_images=tuple(path for s in samples for path in s[2]))
+            entries = tuple(s[3] for s in samples if s[3] is not None)
+            return replace(batch, bad_images=tuple(path for s in samples for path in s[2]), entries=entries)
         except UserError as e:
             return UserError(str(e))
 
     def _padded(self, keys: MicroBatch) -> tuple[int, int]:
         """(h, w) that covers the images of all processes, so that padding does not depend on how many there are."""
+        source = keys[0].source
+        if source in self._stores:
+            return self._stores[source].plan.hw
+        if source in self._largest:
+            return self._largest[source]
         others = [k for k in keys.everyone if k not in keys]
         if self._readers[keys[0].source].transform.changes_size:
             sizes = [tuple(self[k][0].shape[1:]) for k in others]
@@ -143,14 +68,21 @@ class TrainDataset(Dataset):
             sizes = [self._readers[k.source].size(k.index, k.epoch) for k in others]
         return max((s[0] for s in sizes), default=0), max((s[1] for s in sizes), default=0)
 
-    def _read(self, key: SampleKey) -> tuple[Tensor, Target, list[str]]:
-        """Image, target, and files passed over: with `on_bad_image: skip`, the next image takes a bad one's place."""
-        reader = self._readers[key.source]
+    def _read(self, key: SampleKey) -> tuple[Tensor | None, Target, list[str], Entry | None]:
+        """Image (None if its features are stored), target, files passed over, and entry of the feature cache.
+
+        With `on_bad_image: skip`, the next image takes a bad one's place.
+        """
+        reader, store = self._readers[key.source], self._stores.get(key.source)
         bad: list[str] = []
         count = len(reader.annotations)
         for index in (np.arange(key.index, key.index + count) % count).tolist():
             try:
-                return *reader.read(index, key.epoch, key.step), bad
+                entry = store.find(reader, index, key.epoch) if store is not None else None
+                if entry is not None and entry.stored:
+                    return None, reader.target(index, key.epoch, key.step), bad, entry
+                image, target = reader.read(index, key.epoch, key.step)
+                return image, target, bad, store.checked(entry, reader, index) if store and entry else None
             except BadImage as e:
                 if reader.config.on_bad_image == "error":
                     raise
@@ -199,11 +131,12 @@ def train_loader(
     end_step: int,
     rank: int = 0,
     world_size: int = 1,
+    stores: Mapping[str, Store] | None = None,
 ) -> BatchLoader:
     """`train.accumulate` batches a step, for the steps start_step … end_step - 1, of this process's images.
 
     Only the sources given take turns. Each image's order and augmentation follow from (seed, step) alone, whatever the
-    number of workers, of processes, or the step at which the loader starts.
+    number of workers, of processes, or the step at which the loader starts. stores: the feature cache by source.
     """
     batch_size = config.train.batch_size
     readers, orders = {}, {}
@@ -221,7 +154,7 @@ def train_loader(
         accumulate=config.train.accumulate,
         share=(rank, world_size),
     )
-    return _loader(TrainDataset(readers), sampler, config.train.workers, pin=config.device != "cpu")
+    return _loader(TrainDataset(readers, stores=stores), sampler, config.train.workers, pin=config.device != "cpu")
 
 
 def eval_loader(
@@ -245,6 +178,7 @@ def eval_loader(
 
 
 def _loader(dataset: Dataset, batches: Any, workers: int, *, pin: bool) -> BatchLoader:
+    cv2.setNumThreads(0)  # parallel are the workers; threads of OpenCV's would compete with PyTorch's
     if workers:
         _end_workers_at_exit()
     return BatchLoader(
@@ -282,5 +216,5 @@ def _start_worker(worker: int) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    cv2.setNumThreads(0)
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)  # where the main process is killed
     torch.set_num_threads(1)

@@ -52,10 +52,11 @@ class Transform:
         self, config: DataConfig, *, train: bool, flip_pairs: Sequence[tuple[int, int]] = (), semantic: bool = False
     ) -> None:
         self._short, self._long = config.image_size
-        self._jitter = train and config.augment == "default"
+        self.draws_size = train and config.augment == "default"
         self._flip_pairs = list(flip_pairs)
         self._compose: A.Compose | None = None
         self.changes_size = False  # whether the augmentation might, after resizing
+        self.flips: str | None = ""  # the flips it consists of (h, v); None: there is something else
         specs = config.augment if train else "none"
         if isinstance(specs, str):
             if specs not in ("default", "none"):
@@ -67,15 +68,18 @@ class Transform:
             transforms = [_build(spec, f"augment[{i}]", semantic=semantic) for i, spec in enumerate(specs)]
             self._compose = _composed(transforms)
             self._try_out(transforms)
+            kinds = {"HorizontalFlip": "h", "VerticalFlip": "v"}
+            named = sorted({kinds.get(type(t).__name__, "?") for t in transforms})
+            self.flips = None if "?" in named else "".join(named)
             self.changes_size = any(
                 not isinstance(t, A.ImageOnlyTransform) and type(t).__name__ not in _KEEP_SIZE
                 for _, t in _leaves(transforms, "")
             )
 
-    def size(self, hw: tuple[int, int], seed: int) -> tuple[int, int]:
-        """(height, width) that an image of `hw` is resized to."""
+    def size(self, hw: tuple[int, int], seed: int | None = None) -> tuple[int, int]:
+        """(height, width) that an image of `hw` is resized to; without a seed, the largest that may be drawn."""
         short = float(self._short)
-        if self._jitter:
+        if self.draws_size and seed is not None:
             short = round(short * np.random.default_rng(seed).uniform(0.8, 1.0))
         scale = min(short / min(hw), self._long / max(hw))
         return max(int(hw[0] * scale + 0.5), 1), max(int(hw[1] * scale + 0.5), 1)
@@ -87,6 +91,11 @@ class Transform:
         stream = mix(seed, 1)
         self._compose.set_random_state(np.random.default_rng(stream), random.Random(stream))
         return _without_slivers(_apply(self._compose, sample, self._flip_pairs))
+
+    def flipped(self, seed: int) -> int:
+        """How a call with this seed flips, where it does nothing else: 1 left to right, 2 upside down, 3 both."""
+        corners = np.arange(12, dtype=np.uint8).reshape(2, 2, 3) // 3
+        return int(self(Sample(corners, np.zeros((0, 4)), np.zeros(0, np.int64)), seed).image[0, 0, 0])
 
     def _try_out(self, transforms: list[Any]) -> None:
         """Run every transform once, so that what cannot work fails now."""
@@ -108,20 +117,22 @@ class Transform:
                 )
 
 
-def resize(sample: Sample, hw: tuple[int, int]) -> Sample:
-    """The sample at size `hw`, but for instance masks, which are drawn there (`rasterize`)."""
-    old_h, old_w = sample.image.shape[:2]
+def resize(sample: Sample, hw: tuple[int, int], original_hw: tuple[int, int] | None = None) -> Sample:
+    """The sample at size `hw`, but for instance masks, which are drawn there (`rasterize`).
+
+    original_hw: what boxes, keypoints and labels of pixels refer to, where the image itself is resized already.
+    """
+    old_h, old_w = original_hw or sample.image.shape[:2]
     scale = np.array([hw[1] / old_w, hw[0] / old_h])
     keypoints, semantic = sample.keypoints, sample.semantic
     if keypoints is not None:
         keypoints = keypoints * np.array([*scale, 1], dtype=np.float32)
-    if (old_h, old_w) == hw:
-        image = sample.image
-    else:
+    image = sample.image
+    if image.shape[:2] != hw:
         shrinks = hw[0] * hw[1] < old_h * old_w
-        image = cv2.resize(sample.image, hw[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-        if semantic is not None:
-            semantic = cv2.resize(semantic, hw[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        image = cv2.resize(image, hw[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    if semantic is not None and (old_h, old_w) != hw:
+        semantic = cv2.resize(semantic, hw[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     return replace(sample, image=image, boxes=sample.boxes * np.tile(scale, 2), keypoints=keypoints, semantic=semantic)
 
 
