@@ -1,0 +1,138 @@
+"""The dataset doctor: everything at once, before training and as a command, and fast the second time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from planted import DataSet, semantic, voc, yolo
+from runs import TINY, tiny_config
+
+from detbb.cli import run
+from detbb.data import file_checks
+from detbb.data.doctor import examine
+from detbb.data.repair import check
+from detbb.errors import UserError
+from detbb.setup import read_sources
+from detbb.train import train
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def faulty(folder: Path) -> DataSet:
+    """Six faults of five kinds in two files and three images."""
+    data = DataSet(folder)
+    data.set("train/annotations/0/bbox", [float("nan"), 0, 3, 3])
+    data.set("train/annotations/1/image_id", 77)
+    data.set("train/annotations/2/id", 0)
+    data.set("val/annotations/0/category_id", 9)
+    data.file("train", 1).unlink()
+    data.file("val", 1).write_bytes(b"text")
+    return data
+
+
+def config_of(folder: Path, data: DataSet):
+    config = tiny_config(folder)
+    config.data = {"shapes": data.source()}
+    return config
+
+
+def test_training_names_everything_that_is_refused_in_one_line(tmp_path):
+    config = config_of(tmp_path, faulty(tmp_path / "data"))
+    with pytest.raises(UserError) as refused:
+        train(config)
+    for part in (
+        "data.shapes.train", "not finite, annotation ids 1", "unknown image, annotation ids 2", "not there: 12.png",
+        "data.shapes.val", "unknown category, annotation ids 50", "4.png (is not an image",
+    ):  # fmt: skip
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def test_training_says_what_it_repaired(tmp_path):
+    data = DataSet(tmp_path / "data")
+    data.set("train/annotations/2/id", 0)
+    data.set("train/annotations/1/bbox", [1, 1, 0, 0])
+    found, _ = read_sources(config_of(tmp_path, data))
+    assert [fault.kind.split(",")[0] for fault in found["shapes"].faults] == [
+        "box of no area (dropped)",
+        "annotation id missing",
+    ]
+
+
+def test_the_command_shows_a_table_writes_json_and_exits_with_2(tmp_path, monkeypatch, capsys):
+    data = faulty(tmp_path / "data").source()
+    file = tmp_path / "mine.yaml"
+    values = yaml.safe_load(TINY.format(out=tmp_path / "run", data="x"))
+    values["data"] = {"shapes": {"train": vars(data.train), "val": vars(data.val)}}
+    file.write_text(yaml.safe_dump(values))
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
+    import check_data
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["check_data.py", *arguments])
+        with pytest.raises(SystemExit) as left:
+            run(check_data.main)
+        return int(left.value.code or 0)
+
+    assert call("--config", str(file), "--json", str(tmp_path / "report.json")) == 2
+    out, err = capsys.readouterr()
+    assert "unknown category" in out and "refused" in out and err.startswith("error: 5 kinds of fault are refused")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["refused"], report["repaired"]) == (5, 1)
+    faults = report["splits"]["data.shapes.train"]["faults"]
+    assert {"outcome": "repaired", "count": 1, "first": [0]}.items() <= faults[-1].items()
+    assert call("--config", str(file), "--fix", str(tmp_path / "fixed")) == 0
+    assert call("--config", str(tmp_path / "fixed" / "config.yaml")) == 0
+    assert call("--config", str(file), "--fix", str(tmp_path / "fixed")) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [lambda d: None, lambda d: voc(d), lambda d: yolo(d, "1 0.5 0.5 0.2 0.2"), semantic])
+def test_a_repaired_copy_of_sound_data_holds_the_same(tmp_path, change):
+    data = DataSet(tmp_path / "data")
+    change(data)
+    config = config_of(tmp_path, data)
+    before = examine(config.data).annotations("train")["shapes"]
+    after = check(config, fix=tmp_path / "fixed").annotations("train")["shapes"]
+    assert before.classes == after.classes and list(before.file_names) == list(after.file_names)
+    for name in ("image_ids", "sizes", "first", "boxes_xywh", "labels", "areas", "object_ids", "category_ids"):
+        assert getattr(before, name).tolist() == getattr(after, name).tolist(), name
+
+
+def test_a_second_pass_looks_at_no_file_until_one_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(file_checks, "REMEMBERED_FROM_S", 0.0)
+    data = DataSet(tmp_path / "data")
+    data.file("val").write_bytes(b"text")
+    source = {"shapes": data.source()}
+    first = examine(source).to_dict()
+    (memory,) = (tmp_path / "cache" / "detbb" / "data").iterdir()
+    looked = []
+    monkeypatch.setattr(file_checks, "image_header", lambda path: looked.append(path) or (30, 40))
+    assert examine(source).to_dict() == first and first["refused"] == 1 and looked == []
+    for damage in (b"", b"[1]", b'{"train": {"faults": [], "bad": [99]}, "val": {"faults": [], "bad": []}}'):
+        memory.write_bytes(damage)
+        assert examine(source).to_dict()["refused"] == 0 and len(looked) == 5  # by the planted reader all is well
+        looked.clear()
+    data.draw("train", "7.png", seed=1)
+    examine(source)
+    assert len(looked) == 5
+
+
+def test_real_data_passes(tmp_path, data_folder):
+    root = data_folder("coco-tiny")
+    config = tiny_config(tmp_path)
+    files = {
+        s: {"images": str(root / s), "annotations": str(root / f"annotations/instances_{s}.json")}
+        for s in ("train", "val")
+    }
+    from detbb.config import DataConfig, SplitConfig
+
+    config.data = {"coco": DataConfig(train=SplitConfig(**files["train"]), val=SplitConfig(**files["val"]))}
+    report = check(config)
+    assert {row[1] for row in report.rows()} <= {"repaired", "noted"}
+    assert any("gaps" in fault.kind for _, _, fault in report.rows())
