@@ -8,7 +8,7 @@ ARGS ?=
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
 
-.PHONY: help train test check format docs
+.PHONY: help train test check format docs fuzz soak
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -29,8 +29,15 @@ format: $(installed)  ## format, and fix what the linter can
 	$(bin)/ruff format .
 	$(bin)/ruff check --fix .
 
-docs: $(installed)  ## write docs/config.md from the fields
+docs: $(installed)  ## write docs/config.md from the fields, and the tables of docs/reliability.md
 	$(bin)/python -m detbb.config_docs
+	$(bin)/python tests/planted.py
+
+fuzz: $(installed)  ## 5,000 inputs that nobody foresaw: configs, annotations, checkpoints, images
+	DETBB_FUZZ=1250 $(bin)/python -m pytest tests/test_fuzz.py $(ARGS)
+
+soak: $(installed)  ## 60 kills and 2,000 steps: is anything lost, does memory grow
+	$(bin)/python benchmarks/soak.py $(ARGS)
 
 $(installed): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
