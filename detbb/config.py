@@ -95,7 +95,8 @@ class DataConfig:
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do with an image that cannot be decoded: stop, or leave it out (deterministic, and counted)."""
     allow_leak: bool = False
-    """`true`: images of `train` may be in `val`, too, such as to see whether a head can learn them by heart."""
+    """`true`: some images of `train` may be in `val`, too. (A val split made of nothing else needs no leave: it shows
+    whether a head can learn them by heart.)"""
     max_pixels: int = 89_478_485
     """Refuse larger images, from their header and before decoding (Pillow's limit, 1024³ / 4 / 3 pixels)."""
 
