@@ -22,18 +22,23 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "above 0": lambda v: v > 0,
     "at least 0 and below 1": lambda v: 0 <= v < 1,
     "above 0 and at most 1": lambda v: 0 < v <= 1,
+    "above 0 and below 1": lambda v: 0 < v < 1,
     "between 0 and 1": lambda v: 0 <= v <= 1,
     "between 0 and 255": lambda v: 0 <= v <= 255,
 }
 _RANGES = {
     "at least 0": (
         "seed train.workers optimizer.weight_decay optimizer.norm_weight_decay schedule.warmup_steps ema.warmup_steps "
-        "log.images heads.*.loss_weight"
+        "log.images heads.*.loss_weight heads.*.num_convs heads.*.focal_gamma heads.*.center_sampling_radius "
+        "heads.*.roi_sampling_ratio"
     ),
     "at least 1": (
         "train.steps train.batch_size train.accumulate train.max_skipped phases.*.steps eval.every eval.batch_size "
         "data.*.views checkpoint.every log.every neck.channels data.*.max_pixels data.*.train.size "
-        "data.*.val.size data.*.image_size.* schedule.milestones.*"
+        "data.*.val.size data.*.image_size.* schedule.milestones.* heads.*.topk_candidates "
+        "heads.*.detections_per_image heads.*.channels heads.*.box_resolution heads.*.box_samples heads.*.box_channels "
+        "heads.*.mask_resolution heads.*.keypoint_resolution heads.*.rpn_samples heads.*.rpn_pre_nms_train "
+        "heads.*.rpn_post_nms_train heads.*.rpn_pre_nms_test heads.*.rpn_post_nms_test"
     ),
     "at least 2": "checkpoint.keep",
     "above 0": (
@@ -42,7 +47,13 @@ _RANGES = {
     ),
     "at least 0 and below 1": "optimizer.momentum optimizer.betas.* ema.decay",
     "above 0 and at most 1": "schedule.gamma",
-    "between 0 and 1": "heads.*.threshold",
+    "above 0 and below 1": "heads.*.prior_probability",
+    "between 0 and 1": (
+        "heads.*.threshold heads.*.focal_alpha heads.*.score_threshold heads.*.nms_threshold heads.*.dropout "
+        "heads.*.foreground_iou heads.*.background_iou heads.*.box_foreground_iou heads.*.box_background_iou "
+        "heads.*.box_positive_fraction heads.*.rpn_nms_threshold heads.*.rpn_foreground_iou heads.*.rpn_background_iou "
+        "heads.*.rpn_positive_fraction"
+    ),
     "between 0 and 255": "data.*.ignore_index",
 }
 _DATA_FORMATS = {
@@ -74,7 +85,7 @@ def _check_ranges(config: Config, fail: Fail) -> None:
     for rule, patterns in _RANGES.items():
         for pattern in patterns.split():
             for at, value in _select(config, pattern.split(".")):
-                if not _RULES[rule](value):
+                if isinstance(value, int | float) and not _RULES[rule](value):
                     hint = "; to stop a part, freeze it" if at.startswith("optimizer.lr_mult") else ""
                     fail(at, f"is {show(value)}, must be {rule}{hint}")
 
@@ -86,7 +97,7 @@ def _select(node: Any, keys: list[str], at: str = "") -> Iterator[tuple[str, Any
     if not keys:
         yield at, node
     elif keys[0] != "*":
-        yield from _select(getattr(node, keys[0]), keys[1:], join(at, keys[0]))
+        yield from _select(getattr(node, keys[0], None), keys[1:], join(at, keys[0]))
     elif isinstance(node, dict):
         for name, item in node.items():
             yield from _select(item, keys[1:], join(at, name))

@@ -168,7 +168,7 @@ class Job:
         with suppress(ProcessLookupError):
             (os.killpg if group else os.kill)(pid, signal.SIGKILL)
 
-    def wait(self, timeout_s: float = 120) -> list[int]:
+    def wait(self, timeout_s: float = 600) -> list[int]:
         """The exit codes. When one process is killed the others are, too, as torchrun does."""
         end = time.monotonic() + timeout_s
         while any(p.exitcode is None for p in self.processes):
