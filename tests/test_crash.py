@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from crash import MOMENTS, Job, differences, train_to_end
-from runs import lines, load
+from runs import learned, lines, load
 
 from detbb.checkpoint_folder import CheckpointFolder
 
@@ -114,6 +114,37 @@ def test_a_log_that_cannot_be_written_is_named_too(tmp_path, images):
     (tmp_path / "run" / "log.txt").symlink_to("/dev/full")
     assert Job(tmp_path, SHORT, data=images).wait() == [2]
     assert "error: disk full: cannot write" in (error := (tmp_path / "out.txt").read_text()) and "run/log.txt" in error
+
+
+def test_how_often_is_saved_does_not_change_what_is_learned(tmp_path_factory, images):
+    runs = []
+    for every in ("1", "4"):
+        folder = tmp_path_factory.mktemp(f"every_{every}")
+        train_to_end(folder, (*SHORT, f"checkpoint.every={every}"), data=images)
+        runs.append(folder / "run")
+    assert learned(runs[0]) == learned(runs[1]) and lines(runs[0], "train") == lines(runs[1], "train")
+
+
+def overflow() -> None:
+    """A weight becomes infinite in step 3, although loss and gradients were finite."""
+    step = import_module("detbb.step")
+    update, calls = step._update, itertools.count(1)
+
+    def overflown(learner, *args):
+        update(learner, *args)
+        if next(calls) == 3:
+            learner.detector.backbone.conv1.weight.data[0] = float("inf")
+
+    step._update = overflown
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, images):
+    assert Job(tmp_path, (*SHORT, "checkpoint.every=1"), data=images, faults=[overflow]).wait() == [1]
+    text = (tmp_path / "out.txt").read_text()
+    assert (
+        "step 3: NaN or infinite values in backbone.conv1.weight" in text and "newest checkpoint is of step 2" in text
+    )
+    assert newest_step(tmp_path / "run") == 2
 
 
 def stop_the_group() -> None:

@@ -40,7 +40,7 @@ from detbb.errors import UserError
 from detbb.evaluators import CocoEvaluator
 from detbb.weights import load_backbone_weights
 
-INPUTS = int(os.environ.get("DETBB_FUZZ", "60"))
+INPUTS = int(os.environ.get("DETBB_FUZZ", "50"))
 LONGEST_S = 20
 MOST_BYTES = 400e6
 fuzz = settings(
