@@ -8,7 +8,7 @@ ARGS ?=
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
 
-.PHONY: help train test check format docs fuzz soak
+.PHONY: help train test check format docs fuzz soak bench
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,6 +38,10 @@ fuzz: $(installed)  ## 5,000 inputs that nobody foresaw: configs, annotations, c
 
 soak: $(installed)  ## 60 kills and 2,000 steps: is anything lost, does memory grow
 	$(bin)/python benchmarks/soak.py $(ARGS)
+
+bench: $(installed)  ## training steps and epochs against torchvision's, in turn
+	$(bin)/python benchmarks/train_step.py $(ARGS)
+	$(bin)/python benchmarks/stage_two.py $(ARGS)
 
 $(installed): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
