@@ -128,6 +128,17 @@ def changed(detector: Detector, expected: dict[str, str]) -> list[str]:
     return [name for name, value in expected.items() if name not in state or digest(state[name]) != value]
 
 
+def awake(detector: Detector) -> list[str]:
+    """Norms whose statistics are frozen and that are in train mode nevertheless."""
+    frozen = set(frozen_names(detector))
+    found = []
+    for name, module in detector.named_modules():
+        owns = {f"{name}.{n}" for n, _ in module.named_buffers(recurse=False)} & frozen
+        if module.training and owns and has_running_stats(module):
+            found.append(name)
+    return found
+
+
 def explain(detector: Detector, names: Sequence[str]) -> str:
     """One line for a FrozenTensorChanged: which tensors, and what such a change can come from."""
     modules = dict(detector.named_modules())

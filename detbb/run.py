@@ -90,13 +90,20 @@ def check_gradients(run: Run, phase: Phase, missing: set[str]) -> set[str]:
 
 
 def verify(run: Run) -> None:
-    """Compare every frozen tensor with its digest, on every rank; all ranks stop together if one differs."""
+    """Compare every frozen tensor with its digest, on every rank; all ranks stop together if one differs.
+
+    A frozen norm in train mode is a fault before it has moved a tensor: the folded copies would hide it.
+    """
     detector = run.learner.detector
-    changed = freeze.changed(detector, run.digests)
-    found = [(r, names) for r, names in enumerate(all_gather_objects(changed)) if names]
+    fault = ""
+    if changed := freeze.changed(detector, run.digests):
+        fault = freeze.explain(detector, changed)
+    elif norms := freeze.awake(detector):
+        fault = f"frozen but awake: {', '.join(norms[:5])} is in train mode: something called .train() on it"
+    found = [(r, text) for r, text in enumerate(all_gather_objects(fault)) if text]
     if found:
         where = "" if world_size() == 1 else f"rank {found[0][0]}: "
-        raise freeze.FrozenTensorChanged(f"step {run.step}: {where}{freeze.explain(detector, found[0][1])}")
+        raise freeze.FrozenTensorChanged(f"step {run.step}: {where}{found[0][1]}")
     if rank() == 0:
         run.journal.verified(run.step)
 

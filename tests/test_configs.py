@@ -34,7 +34,7 @@ def test_it_is_valid_and_opens_with_its_command_time_and_result(path: Path):
     header = path.read_text().split("\n\n")[0]
     assert "tools/train.py --config " + path.relative_to(REPOSITORY).as_posix() in header
     assert "Time:" in header or "minutes" in header
-    assert any(word in header for word in ("Aims at", "Measured", "not measured here"))
+    assert any(word in header for word in ("Aims at", "easured"))
 
 
 @each_run

@@ -125,7 +125,7 @@ def test_norm_layers_by_name():
         SyncBatchNorm,
         nn.GroupNorm,
     ]
-    assert [norm_layer("gn")(c).num_groups for c in (64, 256, 24, 7)] == [32, 32, 8, 1]
+    assert [norm_layer("gn")(c).num_groups for c in (64, 256, 24, 7)] == [32, 32, 4, 1]
     with pytest.raises(UserError, match=r"norm: 'frozenbn' is not known; valid are bn, .*did you mean 'frozen_bn'"):
         norm_layer("frozenbn")
 

@@ -129,7 +129,14 @@ def test_evaluation_on_or_off_learns_the_same_bits(tmp_path, images):
     assert learned(tmp_path / "on") == learned(tmp_path / "off")
 
 
-def test_one_planted_bn_train_stops_the_run_and_names_the_norm(monkeypatch, tmp_path, images):
+@pytest.mark.parametrize(
+    ("fold", "says"),
+    [
+        ("off", r"backbone\.layer1\.0\.bn2\.running_mean.*is in train mode"),
+        ("auto", r"awake: backbone\.layer1\.0\.bn2 is in"),
+    ],
+)
+def test_one_planted_bn_train_stops_the_run_and_names_the_norm(monkeypatch, tmp_path, images, fold, says):
     learn = training.train_step
 
     def planted(learner, *args, **kwargs):
@@ -138,10 +145,8 @@ def test_one_planted_bn_train_stops_the_run_and_names_the_norm(monkeypatch, tmp_
         return learn(learner, *args, **kwargs)
 
     monkeypatch.setattr(training, "train_step", planted)
-    with pytest.raises(
-        FrozenTensorChanged, match=r"step 6: .*backbone\.layer1\.0\.bn2\.running_mean.*is in train mode"
-    ):
-        train(tiny_config(tmp_path, "freeze=[backbone]", data=images))
+    with pytest.raises(FrozenTensorChanged, match=f"step 6: .*{says}"):
+        train(tiny_config(tmp_path, "freeze=[backbone]", f"train.fold_frozen={fold}", data=images))
     assert load(tmp_path / "run")["step"] == 4
 
 
