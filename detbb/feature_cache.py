@@ -69,8 +69,12 @@ class Store:
         self._records = torch.from_numpy(self._data)
         self._trusted = _shared((slots,))  # records that this run wrote or verified
         self._files = _shared((plan.images, 4 * 8 + 32))  # of files seen in this run: size, times, inode; SHA-256
-        self.filled = int(self._index.any(axis=1).sum())
         self.full = False  # the disk, or it cannot be written
+
+    @property
+    def filled(self) -> int:
+        """How many entries there are, other processes' too."""
+        return int(np.count_nonzero(self._index.view(np.uint64)[:, 0]))
 
     def find(self, reader: Reader, index: int, epoch: int) -> Entry:
         """The entry of an image as this epoch augments it; called by workers."""
@@ -95,7 +99,6 @@ class Store:
         self.full = not self._write(entry.slot, record.numpy())
         if self.full:
             return record
-        self.filled += not self._index[entry.slot].any()
         row = entry.image + _sha256(entry.image, record.numpy().data)
         self._index[entry.slot] = np.frombuffer(row, np.uint8)
         self._trusted[entry.slot] = True
@@ -166,7 +169,7 @@ class FeatureCache:
     def news(self) -> list[str]:
         """Lines for the log: each further quarter that is stored, and a full disk."""
         lines = []
-        if (share := self._share()) // 25 > self._said // 25:
+        if self._said < 100 and (share := self._share()) // 25 > self._said // 25:
             self._said = share
             lines.append(f"feature cache: {share} % stored")
         if not self._said_full and any(store.full for store in self.stores.values()):
