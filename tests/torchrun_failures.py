@@ -1,7 +1,7 @@
 """torchrun on this machine: whatever happens to one process, all end soon, say why, and lose nothing.
 
-Not collected with the suite yet: a start after a restart can meet the addresses of processes that are gone in torchrun's
-store. By hand: `python -m pytest tests/torchrun_failures.py`.
+Not collected with the suite yet: a start after a restart can meet addresses of processes that are gone in the store
+of torchrun. By hand: `python -m pytest tests/torchrun_failures.py`.
 """
 
 from __future__ import annotations
