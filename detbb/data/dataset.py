@@ -6,6 +6,7 @@ import atexit
 import functools
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -181,16 +182,18 @@ def _loader(dataset: Dataset, batches: Any, workers: int, *, pin: bool) -> Batch
     cv2.setNumThreads(0)  # parallel are the workers; threads of OpenCV's would compete with PyTorch's
     if workers:
         _end_workers_at_exit()
-    return BatchLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=_as_is,
-        num_workers=workers,
-        worker_init_fn=_start_worker,
-        multiprocessing_context="fork" if workers else None,  # shares the annotations' pages
-        pin_memory=pin and torch.cuda.is_available(),
-        generator=torch.Generator(),  # else starting workers would draw from the global stream
-    )
+    with warnings.catch_warnings():  # of more workers than cores: setup.check_workers says it, once
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        return BatchLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=_as_is,
+            num_workers=workers,
+            worker_init_fn=_start_worker,
+            multiprocessing_context="fork" if workers else None,  # shares the annotations' pages
+            pin_memory=pin and torch.cuda.is_available(),
+            generator=torch.Generator(),  # else starting workers would draw from the global stream
+        )
 
 
 @functools.cache
