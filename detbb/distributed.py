@@ -61,12 +61,14 @@ def processes(config: Config) -> Iterator[torch.device]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _prctl_pr_set_pdeathsig(signal.SIGTERM)  # should torchrun be killed, save and leave
     timeout = timedelta(seconds=config.train.timeout_s)
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    peers = Peers(store, rank, size, timeout_s=config.train.timeout_s)
-    backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    peers = Peers(store, number, size, timeout_s=config.train.timeout_s)
+    group = {"store": peers.store, "rank": number, "world_size": size, "timeout": timeout}
     try:
-        peers.meet()
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=own)
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device, **group)
+        else:
+            dist.init_process_group("gloo", **group)
         yield device
     except Stopped:
         dist.destroy_process_group()

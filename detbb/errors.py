@@ -6,6 +6,7 @@ import difflib
 import json
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 
 
 class UserError(ValueError):
@@ -30,7 +31,7 @@ def tell_torchrun(error_file: str | None, text: str) -> None:
     """Make `text` what torchrun shows last, as the error of the process that was given this TORCHELASTIC_ERROR_FILE."""
     if error_file:
         details = {"py_callstack": text.strip(), "timestamp": str(int(time.time()))}
-        with open(error_file, "w", encoding="utf-8") as file:
+        with suppress(OSError), open(error_file, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": text.strip(), "extraInfo": details}}, file)
 
 

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -16,8 +17,8 @@ import torch.distributed as dist
 
 from detbb.errors import PeerLost, tell_torchrun
 
-WAIT_S = 5.0  # at most, for the others to notice as well
 MEET_S = 60.0  # at least, for all to start: what they import may come from a cold disk
+WAIT_S = 5.0  # at most, for the others to notice a failure as well
 _SIGNS = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|wait timeout|timed out", re.IGNORECASE)
 _TIMED_OUT = re.compile(r"tim(ed|e) ?out", re.IGNORECASE)
 
@@ -28,20 +29,43 @@ def is_lost_peer(error: Exception) -> bool:
 
 
 class Peers:
-    """The processes of a run as they entered themselves into the store, which torchrun keeps.
+    """The processes of one start of a run, as they entered themselves into a store.
 
-    Whoever finds a collective broken enters that too; who does not is the one that is lost.
+    Whoever finds a collective broken enters that too; who does not is the one that is lost. Raises: PeerLost: one did
+    not start in time.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, *, timeout_s: float) -> None:
-        self._store, self._rank, self._size, self._timeout_s = store, rank, world_size, timeout_s
-        own = {"host": _host(), "pid": os.getpid(), "error_file": os.environ.get("TORCHELASTIC_ERROR_FILE")}
-        self._entries = [f"detbb/process/{r}" for r in range(world_size)]
-        store.set(self._entries[rank], json.dumps(own))
+        """`store`: torchrun's."""
+        self._rank, self._ranks, self._timeout_s = rank, range(world_size), timeout_s
+        self.store = self._meet(store, max(timeout_s, MEET_S))
 
-    def meet(self) -> None:
-        """Wait until all have started."""
-        self._store.wait(self._entries, timedelta(seconds=max(self._timeout_s, MEET_S)))
+    def _meet(self, shared: dist.Store, patience_s: float) -> dist.Store:
+        """The store of this start alone.
+
+        torchrun's store outlives a restart, with the addresses of processes that are gone. So each process takes a new
+        name, and rank 0 answers every name that it finds with its own.
+        """
+        began, name, failed = time.monotonic(), uuid.uuid4().hex, f"within {patience_s:g} s; see its own error"
+        own = {"host": _host(), "pid": os.getpid(), "error_file": os.environ.get("TORCHELASTIC_ERROR_FILE")}
+        try:
+            if self._rank != 0:
+                shared.set(f"detbb/here/{self._rank}", name)
+                shared.wait([f"detbb/start/{name}"], timedelta(seconds=patience_s))
+                name = shared.get(f"detbb/start/{name}").decode()
+            store = dist.PrefixStore(f"detbb/{name}", shared)
+            store.set(str(self._rank), json.dumps(own))
+            while self._rank == 0 and (absent := [r for r in self._ranks if not store.check([str(r)])]):
+                if time.monotonic() - began > patience_s:
+                    raise PeerLost(f"rank {', '.join(map(str, absent))} did not start {failed}")
+                for r in absent:
+                    if shared.check([f"detbb/here/{r}"]):
+                        shared.set(f"detbb/start/{shared.get(f'detbb/here/{r}').decode()}", name)
+                time.sleep(0.02)
+            store.wait([str(r) for r in self._ranks], timedelta(seconds=patience_s))
+        except dist.DistError as error:
+            raise PeerLost(f"another rank did not start {failed}") from error
+        return store
 
     def explain(self, error: Exception) -> PeerLost:
         """What to raise in place of a collective's own error. Ends processes of this host that gave no answer in time.
@@ -49,13 +73,9 @@ class Peers:
         A stopped process ignores everything but SIGKILL, and torchrun would send that only 30 s later.
         """
         try:
-            lost = self._lost()
-            absent = [r for r in lost if not self._store.check([self._entries[r]])]
-            entries = {r: json.loads(self._store.get(self._entries[r])) for r in lost if r not in absent}
+            entries = {r: json.loads(self.store.get(str(r))) for r in self._lost()}
         except RuntimeError:  # the store went with its host
-            absent, entries = [], {}
-        if absent:
-            return PeerLost(f"rank {', '.join(map(str, absent))} did not start; see its own error")
+            entries = {}
         if not entries:
             return PeerLost(f"the connection to the other processes is lost ({str(error).splitlines()[0]})")
         who = ", ".join(f"rank {r} (pid {e['pid']} on {e['host'].split()[0]})" for r, e in entries.items())
@@ -67,19 +87,19 @@ class Peers:
 
     def _lost(self) -> list[int]:
         """The ranks that do not say within a while that they are waiting too."""
-        self._store.set(f"detbb/waiting/{self._rank}", "")
+        self.store.set(f"waiting/{self._rank}", "")
         began = time.monotonic()
         while True:
             time.sleep(0.1)
-            lost = [r for r in range(self._size) if not self._store.check([f"detbb/waiting/{r}"])]
+            lost = [r for r in self._ranks if not self.store.check([f"waiting/{r}"])]
             if time.monotonic() - began > (1.0 if len(lost) < 2 else WAIT_S):
                 return lost
 
     def _end(self, entries: Sequence[dict], text: str) -> None:
         for number, delay_s in ((signal.SIGUSR2, 1.0), (signal.SIGKILL, 0.0)):  # SIGUSR2: see `distributed.processes`
             for entry in entries:
+                tell_torchrun(entry["error_file"], text)
                 with suppress(OSError):
-                    tell_torchrun(entry["error_file"], text)
                     os.kill(entry["pid"], number)
             time.sleep(delay_s)
 

@@ -11,6 +11,8 @@ set -eu
 [ $# -ge 4 ] || { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 host=$1 nodes=$2 processes=$3 config=$4
 shift 4
+# Each start gets an address of its own; else a machine that comes back waits for one that was given out before it came.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun \
     --nnodes="$nodes" \
     --nproc-per-node="$processes" \

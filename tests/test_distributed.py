@@ -313,22 +313,43 @@ def test_a_users_error_on_one_rank_is_every_ranks() -> None:
     assert "start 2" not in first and "steps [0, 1]" in first["start 0"] and "all of them share" in second["start 1"]
 
 
-def test_who_does_not_answer_is_named() -> None:
-    store = dist.HashStore()
-    peers = [Peers(store, number, 4, timeout_s=7) for number in range(4)]
-    found: dict[int, PeerLost] = {}
-    broken = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:31130")
-
-    def explain(number: int) -> None:
-        time.sleep(number * 0.3)
-        found[number] = peers[number].explain(broken)
-
-    threads = [threading.Thread(target=explain, args=(number,)) for number in (0, 1, 3)]
+def in_threads(function: Any, numbers: tuple[int, ...]) -> dict[int, Any]:
+    found: dict[int, Any] = {}
+    threads = [threading.Thread(target=lambda n=n: found.update({n: function(n)})) for n in numbers]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(str(error).startswith(f"rank 2 (pid {os.getpid()} on ") for error in found.values()) and len(found) == 3
+    return found
+
+
+def test_who_does_not_answer_is_named_also_after_a_restart_on_the_same_store() -> None:
+    """torchrun's store still holds what the processes of the start before had written into it."""
+    store = dist.HashStore()
+    broken = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:31130")
+
+    def start(number: int, late: int) -> Peers:
+        time.sleep(0.3 * (number == late))
+        return Peers(store, number, 4, timeout_s=7)
+
+    for lost, late in ((2, 0), (0, 3), (3, 1)):
+        peers = in_threads(lambda n, late=late: start(n, late), (0, 1, 2, 3))
+        for number, one in peers.items():
+            one.store.set(f"said by {number}", str(late))
+        assert all(one.store.get(f"said by {n}") == str(late).encode() for one in peers.values() for n in peers)
+        waiting = tuple(n for n in peers if n != lost)
+        found = in_threads(lambda n, peers=peers: time.sleep(n * 0.2) or peers[n].explain(broken), waiting)
+        assert len(found) == 3 and all(isinstance(error, PeerLost) for error in found.values())
+        assert all(str(error).startswith(f"rank {lost} (pid {os.getpid()} on ") for error in found.values())
+
+
+def test_who_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detbb.peers.MEET_S", 0.3)
+    store = dist.HashStore()
+    with pytest.raises(PeerLost, match="rank 1, 2 did not start within"):
+        Peers(store, 0, 3, timeout_s=0.1)
+    with pytest.raises(PeerLost, match="another rank did not start"):
+        Peers(store, 1, 3, timeout_s=0.1)
 
 
 def test_a_second_signal_ends_a_process_unless_torchrun_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
