@@ -72,6 +72,9 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     model, averages = content["model"], {} if wrong or content["ema"] is None else content["ema"]["tensors"]
     if wrong is None and content["step"] < 0:
         wrong = f"step is {content['step']}"
+    heads = {} if wrong else content["config"].get("heads")
+    if wrong is None and isinstance(heads, dict) and set(content["classes"]) != set(heads):
+        wrong = f"classes of {', '.join(content['classes']) or 'no head'} do not fit the heads of its config"
     if other := [n for n, t in averages.items() if n not in model or model[n].shape != t.shape]:
         wrong = f"ema.tensors.{other[0]} is not as in model"
     if wrong is not None:

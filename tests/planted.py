@@ -597,6 +597,7 @@ FILE_FAULTS = [
         lambda f: f.with_(f"ema/tensors/{_first_model_tensor(f)}", torch.zeros(1)),
     ),
     FileFault("classes as one text", "checkpoint", "classes.shapes", lambda f: f.with_("classes/shapes", "abc")),
+    FileFault("classes of no head", "checkpoint", "classes of no head do not fit", lambda f: f.with_("classes", {})),
     FileFault("config with an unknown key", "checkpoint", "trian", lambda f: f.with_("config/trian", {})),
     FileFault(
         "tensors of another network",

@@ -41,7 +41,7 @@ def test_coco_keeps_ids_with_gaps_crowds_and_images_without_objects(tmp_path: Pa
 
 def test_repairs_are_made_and_counted(tmp_path: Path) -> None:
     bare = {"image_id": 0, "category_id": 3, "bbox": [1, 1, 4, 5]}  # no id, area, iscrowd
-    zero_height, outside = box(21, 7, [1, 1, 5, 0]), box(22, 7, [100, 1, 5, 5])
+    zero_height, outside = box(-21, 7, [1, 1, 5, 0]), box(22, 7, [100, 1, 5, 5])
     data = read(
         tmp_path,
         [box(0, 7, [1, 1, 2, 2]), box(8, 7, [2, 2, 2, 2]), box(8, 0, [3, 3, 2, 2]), bare, zero_height, outside],
@@ -49,7 +49,7 @@ def test_repairs_are_made_and_counted(tmp_path: Path) -> None:
     assert len(data.labels) == 4 and data.areas.tolist() == [4, 4, 4, 20]
     assert len(set(data.object_ids.tolist())) == 4 and 0 not in data.object_ids and 8 in data.object_ids
     counts = {f.kind.split(" ")[0]: (f.count, f.repaired) for f in data.faults}
-    assert counts == {"box": (1, True), "missing": (1, True), "annotation": (3, True)} and len(data.faults) == 5
+    assert counts == {"box": (1, True), "missing": (1, True), "annotation": (4, True)} and len(data.faults) == 5
 
 
 def test_missing_image_sizes_come_from_the_upright_file(tmp_path: Path) -> None:
@@ -91,6 +91,19 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "bad rle": ([box(51, 7, [0, 0, 3, 3], segmentation={"size": [30, 40], "counts": "oo~oo~"})], {}, "run lengths.*51"),
     "short rle": ([box(52, 7, [0, 0, 3, 3], segmentation={"size": [30, 40], "counts": [5, 6]})], {}, "run lengths.*52"),
     "far polygon": ([box(53, 7, [0, 0, 3, 3], segmentation=[[1, 1, 1e9, 2, 3, 3]])], {}, "far outside.*53"),
+    "huge box": ([box(54, 7, [0, 0, 1e200, 1e200]) | {"area": None}], {}, "beyond 1e9.*54"),
+    "rle without size": ([box(55, 7, [0, 0, 3, 3], segmentation={"size": None, "counts": "0"})], {}, "run lengths.*55"),
+    "rle of a number": ([box(56, 7, [0, 0, 3, 3], segmentation={"size": 5, "counts": "0"})], {}, "run lengths.*56"),
+    "rle with a surrogate": (
+        [box(57, 7, [0, 0, 3, 3], segmentation={"size": [30, 40], "counts": "\ud800"})],
+        {},
+        "not a COCO file",
+    ),
+    "surrogate name": ([], {"images": [{"id": 1, "file_name": "\ud800.png", "width": 1, "height": 1}]}, "not a COCO"),
+    "surrogate class": ([], {"categories": [{"id": 1, "name": "\ud800"}]}, "not a COCO file"),
+    "negative image id": ([], {"images": [{"id": -1, "file_name": "a.png"}]}, r">= 0.*images\[0\]"),
+    "negative category id": ([], {"categories": [{"id": -1, "name": "x"}]}, r">= 0.*categories\[0\]"),
+    "huge id": ([box(2**63 - 1, 7, [0, 0, 3, 3])], {}, r"annotations\[0\]"),
     "no categories": ([], {"categories": None}, "categories"),
     "list": ([], {"images": {}}, "array"),
 }
@@ -168,8 +181,12 @@ def test_keypoints_follow_the_category_and_pair_left_with_right(tmp_path: Path) 
     assert data.keypoints is not None and data.keypoints[0].ravel().tolist() == points and not data.keypoints[1].any()
     assert data.keypoint_names == ("nose", "left_eye", "right_eye") and data.flip_pairs == ((1, 2),)
     assert flip_pairs(["brightness", "lefteye", "tail", "righteye"]) == ((1, 3),)
+    assert flip_pairs(["Left_eye", "R_ear", "Right_eye", "nose", "L_ear", "hip.l", "hip.r"]) == ((0, 2), (1, 4), (5, 6))
+    assert flip_pairs(["l", "tail", "collar", "corral"]) == ()
     with pytest.raises(UserError, match=r"keypoints that are not 3.* 1$"):
         read(tmp_path, [box(1, 7, [0, 0, 9, 9], keypoints=[1, 2])], categories=categories)
+    with pytest.raises(UserError, match=r"keypoints that are not 3.* 1$"):  # finite, but not as float32
+        read(tmp_path, [box(1, 7, [0, 0, 9, 9], keypoints=[1e300, *points[1:]])], categories=categories)
 
 
 def as_voc(data: Annotations, folder: Path) -> Path:

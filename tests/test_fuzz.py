@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from crash import shrink
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from planted import DataSet, Evil
@@ -49,6 +49,7 @@ fuzz = settings(
     derandomize="DETBB_FUZZ" not in os.environ,  # the suite tries the same inputs every time
     database=None,
     suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate, Phase.shrink),  # explaining a failure traces every line: minutes for a checkpoint
 )
 
 
@@ -95,6 +96,8 @@ JUNK = st.sampled_from([
     float("inf"), "", "x", "../x", "/etc/passwd", "7.png", "é\u2028\x00", "\ud800", "9" * 500, [], {}, [[]], [[1, 2]],
     {"a": {}},
     [0, 0, 0, 0], [1, 1, 1e308, 1e308], [-5, -5, 100, 100], {"size": [30, 40], "counts": [1200]},
+    {"size": None, "counts": "0"}, {"size": 5, "counts": "0"}, {"size": [30, 40], "counts": "\ud800"}, "\ud800.png",
+    2**62, -(2**62), [0, 0, 1e200, 1e200], [1e300, 1, 2],
     {"size": [30, 40], "counts": "Q1"}, {"size": [10**6, 10**6], "counts": [10**12]}, [[0, 0, 1e9, 0, 0, 1e9]],
 ])
 YAML = st.sampled_from([

@@ -105,12 +105,13 @@ def _compressed_rle(item: dict) -> tuple[int, int, bytes]:
 
 def rle_fits(item: dict[str, Any], height: int, width: int) -> bool:
     """Whether a COCO run-length code covers height x width pixels exactly. pycocotools writes out of bounds if not."""
-    if list(item.get("size", ())) != [height, width]:
+    size, counts = item.get("size"), item.get("counts")
+    if not isinstance(size, list) or size != [height, width]:
         return False
-    counts = item.get("counts")
     if isinstance(counts, list):
         return all(type(n) is int and n >= 0 for n in counts) and sum(counts) == height * width
-    code = np.frombuffer(counts.encode() if isinstance(counts, str) else b"", dtype=np.uint8).astype(np.int64) - 48
+    text = counts.encode() if isinstance(counts, str) and counts.isascii() else b""
+    code = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
     if not len(code) or (code < 0).any() or (code > 63).any() or code[-1] & 32:
         return False
     ends = np.flatnonzero(code & 32 == 0)  # 5 bits a character, the sixth says that more follow

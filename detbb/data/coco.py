@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -14,22 +15,25 @@ import msgspec
 import numpy as np
 
 from detbb.data.annotations import Annotations, PackedStrings
-from detbb.data.faults import Faults, Rows, arrange, choose_classes
-from detbb.data.images import BadImage, image_header, name_fault, safe_join
+from detbb.data.faults import FARTHEST, Faults, Rows, arrange, choose_classes
+from detbb.data.images import BadImage, image_header, name_fault, read_bytes, safe_join
 from detbb.errors import UserError
 
-Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Id = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]  # leaves room for new ones
+OwnId = Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # what engines of evaluation take
+_SIDE = re.compile(r"left|right|(?<![^\W_])[lr](?![^\W_])")
+_OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
 class _Image(msgspec.Struct, gc=False):
-    id: Id
+    id: OwnId
     file_name: str
     width: float = 0
     height: float = 0
 
 
 class _Category(msgspec.Struct, gc=False):
-    id: Id
+    id: OwnId
     name: str
     keypoints: list[str] = []
 
@@ -99,15 +103,14 @@ def read_coco(
 
 def parse_coco(path: Path) -> CocoFile:
     """The file's contents with every type checked. Raises UserError with the place in the file."""
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    data = read_bytes(path)
     try:
         return msgspec.json.decode(data, type=CocoFile)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as first:
         try:  # Python's reader also takes NaN and Infinity, which deserve an error with their ids
-            return msgspec.convert(json.loads(data), CocoFile)
+            file = msgspec.convert(json.loads(data), CocoFile)
+            msgspec.json.encode(file)  # it also takes lone surrogates, which are no text
+            return file
         except msgspec.ValidationError as e:
             raise UserError(f"{path}: is not a COCO file: {e}") from None
         except (ValueError, RecursionError):
@@ -115,10 +118,10 @@ def parse_coco(path: Path) -> CocoFile:
 
 
 def flip_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Pairs of keypoints whose names differ in left and right alone."""
-    swapped = {n: n.replace("left", "\0").replace("right", "left").replace("\0", "right") for n in names}
-    pairs = [(i, names.index(swapped[n])) for i, n in enumerate(names) if swapped[n] in names]
-    return tuple((a, b) for a, b in pairs if a < b)
+    """Pairs of keypoints whose names differ in left and right alone, or in the words l and r; the case is no matter."""
+    rows = {n.casefold(): i for i, n in enumerate(names)}
+    pairs = ((i, rows.get(_SIDE.sub(lambda side: _OTHER_SIDE[side[0]], n), i)) for n, i in rows.items())
+    return tuple(sorted((a, b) for a, b in pairs if a < b))
 
 
 @contextmanager
@@ -237,7 +240,7 @@ def _keypoints(objects: list[_Object], rows: Rows, points: int, faults: Faults) 
     wrong = []
     for k, o in enumerate(objects):
         if o.keypoints:
-            if len(o.keypoints) == 3 * points and np.isfinite(o.keypoints).all():
+            if len(o.keypoints) == 3 * points and (np.abs(o.keypoints) <= FARTHEST).all():
                 result[k] = np.reshape(o.keypoints, (points, 3))
             elif rows.label[k] >= 0:
                 wrong.append(k)

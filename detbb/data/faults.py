@@ -13,6 +13,7 @@ from detbb.data.annotations import Fault, Segments, rle_fits
 from detbb.errors import UserError, unknown_name
 
 SHOWN = 10
+FARTHEST = 1e9  # pixels; products and float32 of larger ones overflow
 
 
 class Faults:
@@ -69,8 +70,8 @@ def arrange(rows: Rows, sizes: np.ndarray, faults: Faults) -> dict[str, Any]:
     boxes, ids = rows.boxes_xywh, rows.ids
     height, width = sizes[rows.image].astype(np.float64).reshape(-1, 2).T
     x, y, w, h = boxes.T
-    finite = np.isfinite(boxes).all(axis=1)
-    faults.refuse("box that is not finite, annotation ids", ids[~finite])
+    finite = (np.abs(boxes) <= FARTHEST).all(axis=1)
+    faults.refuse("box that is not finite or beyond 1e9, annotation ids", ids[~finite])
     negative = finite & ((w < 0) | (h < 0))
     faults.refuse("box of negative width or height, annotation ids", ids[negative])
     zero = finite & ~negative & ((w == 0) | (h == 0))
@@ -89,7 +90,7 @@ def arrange(rows: Rows, sizes: np.ndarray, faults: Faults) -> dict[str, Any]:
         "boxes_xywh": np.ascontiguousarray(boxes[order]),
         "labels": rows.label[order].astype(np.int32),
         "crowd": rows.crowd[order],
-        "areas": np.where(no_area, w * h, rows.area)[order],
+        "areas": np.where(no_area[order], w[order] * h[order], rows.area[order]),
         "object_ids": unique_ids(ids, faults)[order],
     }
     if segments is not None:
@@ -100,11 +101,11 @@ def arrange(rows: Rows, sizes: np.ndarray, faults: Faults) -> dict[str, Any]:
 
 
 def unique_ids(ids: np.ndarray, faults: Faults) -> np.ndarray:
-    """`ids` with fresh ones for 0 (which scores AP 0) and for every second use (which counts once)."""
+    """`ids` with fresh ones for 0 (scores AP 0), below (no engine takes it) and every second use (counts once)."""
     first_use = np.zeros(len(ids), dtype=bool)
     first_use[np.unique(ids, return_index=True)[1]] = True
-    fresh = ~first_use | (ids == 0)
-    faults.repair("annotation id missing, 0 or used twice (renumbered), annotation ids", ids[fresh])
+    fresh = ~first_use | (ids <= 0)
+    faults.repair("annotation id missing, below 1 or used twice (renumbered), annotation ids", ids[fresh])
     result = ids.copy()
     result[fresh] = max(int(ids.max(initial=0)), 0) + 1 + np.arange(fresh.sum())
     return result
@@ -120,7 +121,7 @@ def _segments(
         if isinstance(item, list):
             if any(len(polygon) % 2 for polygon in item):
                 bad.append(row)
-        elif item and not rle_fits(item, *sizes[rows.image[row]].tolist()):
+        elif item is not None and not rle_fits(item, *sizes[rows.image[row]].tolist()):
             bad.append(row)
     faults.refuse(
         "segmentation with an odd number of coordinates, or run lengths that do not cover its image, annotation ids",

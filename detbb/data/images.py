@@ -124,6 +124,17 @@ def readable_headers(root: Path, names: Iterable[str]) -> tuple[dict[str, tuple[
     return headers, bad
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """What a regular file holds. Raises UserError."""
+    try:
+        with _open(path) as file:
+            return file.read()
+    except BadImage as e:  # nothing that `on_bad_image` passes over
+        raise UserError(str(e)) from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+
+
 def list_images(folder: Path) -> list[str]:
     """Names of the image files below `folder`, sorted, relative to it."""
     if not folder.is_dir():
