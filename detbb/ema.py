@@ -40,7 +40,7 @@ class Ema:
         """
         state = detector.state_dict()
         self.tensors = {
-            name: self.tensors[name] if name in self.tensors else _start(state[name])
+            name: self.tensors[name].to(state[name].device) if name in self.tensors else _start(state[name])
             for name in averaged_names(detector)
         }
         self._live = [state[name] for name in self.tensors]
@@ -60,15 +60,11 @@ class Ema:
         if averages:
             torch._foreach_lerp_(averages, live, 1 - self.decay(self.updates))
 
-    def view(self, detector: Detector) -> Detector:
-        """The averaged detector, in eval mode; see `view`."""
-        return view(detector, self.tensors)
-
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "tensors": dict(self.tensors)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take saved averages; call `follow` afterwards."""
+        """Take saved averages, from any device; call `follow` afterwards."""
         self.updates = int(state["updates"])
         self.tensors = {name: tensor.clone() for name, tensor in state["tensors"].items()}
 
@@ -84,7 +80,7 @@ def view(detector: Detector, replaced: Mapping[str, Tensor] = {}) -> Detector:
         tensor = replaced.get(name, parameter.detach()).to(parameter.device, parameter.dtype)
         memo[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
     for name, buffer in detector.named_buffers():
-        memo[id(buffer)] = replaced[name].to(buffer.dtype) if name in replaced else buffer
+        memo[id(buffer)] = replaced[name].to(buffer.device, buffer.dtype) if name in replaced else buffer
     return copy.deepcopy(detector, memo).eval()
 
 

@@ -184,7 +184,7 @@ def evaluate_now(run: Run) -> None:
     """Evaluate every branch that has a val split, log it, and move best.pt (by the first weights evaluated)."""
     detector, heads = run.learner.detector, evaluated_heads(run)
     for weights in missing_evaluations(run):
-        seen = run.learner.ema.view(detector) if weights == "ema" and run.learner.ema else view(detector)
+        seen = view(detector, run.learner.ema.tensors if weights == "ema" and run.learner.ema else {})
         second = weights == "model" and run.config.eval.weights == "both"
         output = run.folder / "eval" / f"step_{run.step:07d}{'_model' if second else ''}"
         metrics = evaluate_detector(seen, heads, config=run.config, output_dir=output, weights=weights, stop=run.stop)

@@ -65,7 +65,7 @@ def test_newly_frozen_takes_the_live_value_and_newly_trained_starts_from_its_own
     assert not torch.equal(learner.ema.tensors["neck.inner.layer2.0.weight"], live["neck.inner.layer2.0.weight"])
     switch(learner, config, ["neck"])
     assert learner.ema.updates == 5
-    averaged = learner.ema.view(learner.detector).state_dict()
+    averaged = view(learner.detector, learner.ema.tensors).state_dict()
     assert all(torch.equal(averaged[n], live[n]) for n in live if n.startswith("neck."))
     assert torch.equal(learner.ema.tensors["backbone.conv1.weight"], live["backbone.conv1.weight"])
     learn(learner, 1, first=5)
@@ -124,3 +124,17 @@ def test_saved_and_loaded_the_average_goes_on_to_the_bit():
     half.ema = again
     learn(half, 3, first=3)
     assert not bits_differ(whole.ema.tensors, half.ema.tensors) and whole.ema.updates == half.ema.updates
+
+
+def test_a_loaded_average_goes_where_its_weights_are():
+    """`meta` stands for a GPU: checkpoints are read onto the CPU."""
+    config = small_config()
+    saved = make_learner(config, small_detector(config), []).ema.state_dict()
+    ema = Ema(config.ema)
+    ema.load_state_dict(saved)
+    detector = small_detector(config).to("meta").freeze([])
+    for tensors in (saved["tensors"], ema.tensors):
+        assert {t.device.type for t in view(detector, tensors).state_dict().values()} == {"meta"}
+    ema.follow(detector)
+    assert {t.device.type for t in ema.tensors.values()} == {"meta"} and set(ema.tensors) == set(saved["tensors"])
+    ema.update()

@@ -64,7 +64,7 @@ def test_frozen_is_bit_exact_after_50_steps_and_the_rest_all_moved(
         learn(learner, 2, first=step, lr=1e-3)
         if evaluate:
             batch = made_batch(0)
-            learner.ema.view(detector).predict(batch.images, batch.sizes)
+            view(detector, learner.ema.tensors).predict(batch.images, batch.sizes)
             view(detector).predict(batch.images, batch.sizes)
     after = copy_state(detector)
     assert bits_differ(before, after) == set(before) - expected_frozen(detector, frozen)
@@ -118,7 +118,7 @@ def test_evaluation_changes_nothing_of_the_run():
             if evaluate:
                 random = torch.get_rng_state()
                 batch = made_batch(99)
-                learner.ema.view(learner.detector).predict(batch.images, batch.sizes)
+                view(learner.detector, learner.ema.tensors).predict(batch.images, batch.sizes)
                 assert torch.equal(random, torch.get_rng_state())
                 assert learner.detector.training and not learner.detector.backbone.bn1.training
         finals.append((copy_state(learner.detector), learner.ema.tensors))
