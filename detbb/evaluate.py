@@ -143,7 +143,7 @@ def on_cpu(predictions: Predictions) -> Predictions:
 
 def ground_truth(annotations: Annotations, index: int, *, like: Predictions) -> Predictions:
     """An image's annotations without crowds, in original pixels, in the fields that `like` has; masks are bool."""
-    rows = np.arange(len(annotations.labels))[annotations.rows(index)]
+    rows = np.arange(*annotations.first[index : index + 2])
     labels = torch.from_numpy(annotations.labels[rows].astype(np.int64))
     if like.semantic is not None:
         return Predictions(semantic=torch.from_numpy(read_mask(annotations, index)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from itertools import islice, pairwise
@@ -15,14 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_support import shapes_config, shapes_split
+from data_support import box, shapes_config, shapes_split
+from PIL import Image
 from torch import Tensor
 
-from detbb.config import Config
-from detbb.data import eval_loader, train_loader
+from detbb.config import Config, DataConfig, SplitConfig, TrainConfig
+from detbb.data import eval_loader, read_split, train_loader
 from detbb.data.batch import Batch
-from detbb.data.sampler import SampleOrder, StepSampler, Turns, mix
+from detbb.data.dataset import TrainDataset
+from detbb.data.reader import Reader
+from detbb.data.sampler import SampleKey, SampleOrder, StepSampler, Turns, mix
 from detbb.errors import UserError
+from detbb.evaluate import ground_truth
+from detbb.predictions import Predictions
 
 NEEDS = {"shapes": frozenset({"boxes", "masks", "keypoints"})}
 
@@ -207,6 +214,50 @@ def test_bad_images_stop_the_run_or_are_replaced_and_reported(tmp_path: Path, wo
     spoil(config, *range(24))
     with pytest.raises(UserError, match="none of 24 images"):
         batches(config, 0, 1)
+
+
+def test_what_stands_in_for_a_bad_image_does_not_change_the_padding(tmp_path: Path) -> None:
+    """Image 0 is small and bad, those after it are larger: each process must know so without reading."""
+    sides = [(40, 60), (96, 90), (64, 96), (96, 96)]
+    images = [{"id": i + 1, "file_name": f"{i}.png", "height": h, "width": w} for i, (h, w) in enumerate(sides)]
+    for i, (h, w) in enumerate(sides):
+        Image.fromarray(np.full((h, w, 3), 50 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "0.png").write_bytes(b"")
+    content = {"images": images, "annotations": [box(1, 2, [0, 0, 9, 9])], "categories": [{"id": 3, "name": "x"}]}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    split = SplitConfig(images=str(tmp_path), annotations=str(tmp_path / "x.json"))
+    for augment in ("default", "none", [{"type": "RandomRotate90", "p": 0.5}]):
+        source = DataConfig(train=split, image_size=[96, 96], augment=augment, on_bad_image="skip")
+        data = read_split(source, "train", "mine")
+        config = Config(device="cpu", data={"mine": source}, train=TrainConfig(batch_size=2, workers=0))
+        options = {"needs": {"mine": frozenset()}, "start_step": 0, "end_step": 8}
+        alone = list(train_loader({"mine": data}, config, **options))
+        shares = [list(train_loader({"mine": data}, config, **options, rank=r, world_size=2)) for r in (0, 1)]
+        for whole, left, right in zip(alone, *shares, strict=True):
+            assert torch.equal(whole.images, torch.cat([left.images, right.images]))
+        assert sum(len(b.bad_images) for b in alone) == 4
+
+
+def test_a_step_costs_the_same_in_a_set_of_any_size(tmp_path: Path) -> None:
+    data = shapes_split(shapes_config(tmp_path, train=4))
+    many = replace(data, image_ids=np.arange(2_000_000), labels=np.zeros(2_000_000, np.int32))
+    source = shapes_config(tmp_path).data["shapes"]
+    dataset = TrainDataset({"shapes": Reader(many, source, train=True)})
+    tracemalloc.start()
+    try:
+        dataset[SampleKey("shapes", 0, 1, 0)]
+        ground_truth(many, 1, like=Predictions(boxes=torch.zeros(0, 4)))
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_size_that_annotations_claim_is_not_allocated(tmp_path: Path) -> None:
+    data = shapes_split(shapes_config(tmp_path, train=4))
+    huge = replace(data, sizes=np.full_like(data.sizes, 200_000))
+    source = replace(shapes_config(tmp_path).data["shapes"], on_bad_image="skip")
+    (batch,) = eval_loader(huge, source, batch_size=4)
+    assert len(batch.bad_images) == 4 and batch.images.shape == (4, 3, 96, 96)
 
 
 def test_a_bad_image_is_evaluated_as_black_if_skipped(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def test_training_names_everything_that_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError) as refused:
         train(config)
     for part in (
-        "data.shapes.train", "not finite or beyond 1e9, annotation ids 1", "unknown image, annotation ids 2", "not there: 12.png",
+        "data.shapes.train", "not finite or beyond 1e9, annotation ids 1", "unknown image, annotation ids 2",
+        "not there: 12.png",
         "data.shapes.val", "unknown category, annotation ids 50", "4.png (is not an image",
     ):  # fmt: skip
         assert part in str(refused.value)

@@ -62,27 +62,31 @@ class TrainDataset(Dataset):
             return self._stores[source].plan.hw
         if source in self._largest:
             return self._largest[source]
-        others = [k for k in keys.everyone if k not in keys]
-        if self._readers[keys[0].source].transform.changes_size:
-            sizes = [tuple(self[k][0].shape[1:]) for k in others]
+        reader = self._readers[source]
+        if reader.transform.changes_size:
+            sizes = [tuple(self[k][0].shape[1:]) for k in keys.everyone if k not in keys]
         else:
-            sizes = [self._readers[k.source].size(k.index, k.epoch) for k in others]
+            sizes = [reader.size(k.index, k.epoch) for k in keys.everyone]
         return max((s[0] for s in sizes), default=0), max((s[1] for s in sizes), default=0)
 
     def _read(self, key: SampleKey) -> tuple[Tensor | None, Target, list[str], Entry | None]:
         """Image (None if its features are stored), target, files passed over, and entry of the feature cache.
 
-        With `on_bad_image: skip`, the next image takes a bad one's place.
+        With `on_bad_image: skip`, the next image takes a bad one's place, where padding follows from the sizes alone
+        no larger than that one, so that all processes still know it.
         """
         reader, store = self._readers[key.source], self._stores.get(key.source)
+        known = store is not None or key.source in self._largest or reader.transform.changes_size
         bad: list[str] = []
         count = len(reader.annotations)
-        for index in (np.arange(key.index, key.index + count) % count).tolist():
+        for offset in range(count):
+            index = (key.index + offset) % count
             try:
                 entry = store.find(reader, index, key.epoch) if store is not None else None
                 if entry is not None and entry.stored:
                     return None, reader.target(index, key.epoch, key.step), bad, entry
-                image, target = reader.read(index, key.epoch, key.step)
+                within = None if known or not offset else reader.size(key.index, key.epoch)
+                image, target = reader.read(index, key.epoch, key.step, within=within)
                 return image, target, bad, store.checked(entry, reader, index) if store and entry else None
             except BadImage as e:
                 if reader.config.on_bad_image == "error":

@@ -66,32 +66,34 @@ class Reader:
     def path(self, index: int) -> Path:
         return safe_join(self.annotations.root, self.annotations.file_names[index])
 
-    def size(self, index: int, epoch: int) -> tuple[int, int]:
-        """(h, w) that the image is resized to, known without reading it."""
-        height, width = self.annotations.sizes[index].tolist()
-        return self.transform.size((height, width), self.stream(index, epoch))
+    def size(self, index: int, epoch: int, within: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(h, w) that the image is resized to, known without reading it; smaller if it would not fit `within`."""
+        height, width = self.transform.size(tuple(self.annotations.sizes[index].tolist()), self.stream(index, epoch))
+        scale = 1.0 if within is None else min(1.0, within[0] / height, within[1] / width)
+        return max(int(height * scale), 1), max(int(width * scale), 1)
 
-    def read(self, index: int, epoch: int = 0, step: int = 0) -> tuple[Tensor, Target]:
+    def read(
+        self, index: int, epoch: int = 0, step: int = 0, *, within: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Target]:
         """A (3, h, w) uint8 image and its target. Raises BadImage for files, UserError for annotations."""
         height, width = self.annotations.sizes[index].tolist()
         path = self.path(index)
         image = read_image(path, self.config.max_pixels)
         if image.shape[:2] != (height, width):
             raise BadImage(path, f"is {image.shape[1]} x {image.shape[0]}, its annotations say {width} x {height}")
-        sample = self._augmented(image, index, epoch)
+        sample = self._augmented(image, index, epoch, self.size(index, epoch, within))
         return torch.from_numpy(sample.image).permute(2, 0, 1).contiguous(), self._target(sample, index, step)
 
     def target(self, index: int, epoch: int = 0, step: int = 0) -> Target:
         """The target alone; the image is read only where the augmentation's draws might depend on its pixels."""
         if self.transform.flips is None:
             return self.read(index, epoch, step)[1]
-        black = np.zeros((*self.size(index, epoch), 3), dtype=np.uint8)
-        return self._target(self._augmented(black, index, epoch), index, step)
+        hw = self.size(index, epoch)
+        return self._target(self._augmented(_black(hw), index, epoch, hw), index, step)
 
-    def _augmented(self, image: np.ndarray, index: int, epoch: int) -> Sample:
+    def _augmented(self, image: np.ndarray, index: int, epoch: int, hw: tuple[int, int]) -> Sample:
         try:
-            sample = self._sample(image, index, self.size(index, epoch))
-            return self.transform(sample, self.stream(index, epoch))
+            return self.transform(self._sample(image, index, hw), self.stream(index, epoch))
         except BadImage:
             raise
         except Exception as e:  # albumentations, or a run-length code that is none
@@ -99,17 +101,15 @@ class Reader:
 
     def blank(self, index: int) -> tuple[Tensor, Target]:
         """A black image of the same size, to evaluate in place of one that cannot be decoded."""
-        height, width = self.annotations.sizes[index].tolist()
-        sample = self._sample(np.zeros((height, width, 3), dtype=np.uint8), index, self.size(index, 0))
-        return torch.from_numpy(sample.image).permute(2, 0, 1).contiguous(), self._target(
-            self.transform(sample, 0), index, 0
-        )
+        hw = self.size(index, 0)
+        sample = self.transform(self._sample(_black(hw), index, hw), 0)
+        return torch.from_numpy(sample.image).permute(2, 0, 1).contiguous(), self._target(sample, index, 0)
 
     def _sample(self, image: np.ndarray, index: int, hw: tuple[int, int]) -> Sample:
         """image: as on disk, or resized to `hw` already."""
         annotations = self.annotations
         original_hw: tuple[int, int] = tuple(annotations.sizes[index].tolist())
-        rows = np.arange(len(annotations.labels))[annotations.rows(index)]
+        rows = np.arange(*annotations.first[index : index + 2])
         rows = rows[~annotations.crowd[rows]]
         boxes = annotations.boxes_xywh[rows].copy()
         boxes[:, 2:] += boxes[:, :2]
@@ -140,3 +140,7 @@ class Reader:
             keypoints=None if sample.keypoints is None else torch.from_numpy(sample.keypoints),
             semantic=None if sample.semantic is None else torch.from_numpy(np.ascontiguousarray(sample.semantic)),
         )
+
+
+def _black(hw: tuple[int, int]) -> np.ndarray:
+    return np.zeros((*hw, 3), dtype=np.uint8)
