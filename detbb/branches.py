@@ -20,7 +20,7 @@ from detbb.config import Config
 from detbb.config_loading import config_from_dict, config_to_dict
 from detbb.detector import build_detector
 from detbb.errors import UserError, unknown_name
-from detbb.files import BadFile, load_tensors, save_tensors
+from detbb.files import BadFile, check_output, load_tensors, save_tensors
 from detbb.schema import mismatch
 
 BRANCH_FORM: dict[str, Any] = {  # as `schema.mismatch` reads it
@@ -167,8 +167,7 @@ def some(names: Collection[str], count: int = 5) -> str:
 
 
 def _open(checkpoint: Path | str, output: Path | str, overwrite: bool) -> dict[str, Any]:
-    if Path(output).exists() and not overwrite:
-        raise UserError(f"-o {output}: exists already; name another file, or --overwrite (nothing was changed)")
+    check_output(Path(output), overwrite=overwrite)
     return open_checkpoint(checkpoint)
 
 

@@ -82,12 +82,12 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def open_checkpoint(path: Path | str) -> dict[str, Any]:
-    """`read_checkpoint` for a file that the user named: what is wrong with it becomes a UserError."""
+def open_checkpoint(path: Path | str, *, key: str = "checkpoint") -> dict[str, Any]:
+    """`read_checkpoint` for a file that the user named, as `key`: what is wrong with it becomes a UserError."""
     try:
         return read_checkpoint(path)
     except BadFile as error:
-        raise UserError(f"checkpoint {error}") from error
+        raise UserError(f"{key} {error}") from error
 
 
 @dataclass

@@ -26,7 +26,7 @@ from detbb.data.semantic import read_mask
 from detbb.detector import ClassList, Detector
 from detbb.distributed import agreed, all_gather_objects, from_rank0, processes, rank, world_size
 from detbb.errors import UserError, unknown_name
-from detbb.files import write_atomically
+from detbb.files import check_folder, write_atomically
 from detbb.heads.base import Head
 from detbb.predictions import Predictions
 
@@ -203,6 +203,8 @@ def evaluate(
     settings = _settings(content, config, overrides)
     if unknown := [name for name in heads or () if name not in settings.heads]:
         raise unknown_name("--head", unknown[0], settings.heads)
+    if output_dir is not None:
+        check_folder(Path(output_dir))
     with processes(settings) as device:
         data = _read(content, settings, heads, split)
         if settings.eval.weights == "both":

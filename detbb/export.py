@@ -26,7 +26,7 @@ from detbb.data.batch import ImageSize
 from detbb.data.images import BadImage, list_images, read_image
 from detbb.detector import Detector
 from detbb.errors import UserError, unknown_name
-from detbb.files import write_atomically
+from detbb.files import check_output, write_atomically
 from detbb.predictions import Predictions
 
 OPSET = 18
@@ -125,8 +125,7 @@ def export_onnx(
         raise unknown_name("--head", unknown[0], config.heads)
     size = _checked_size(config, chosen, size)
     output = Path(output)
-    if output.exists() and not overwrite:
-        raise UserError(f"-o {output}: exists already; name another file, or --overwrite (nothing was changed)")
+    check_output(output, overwrite=overwrite)
     whole = Whole(restore_detector(content).float(), chosen, size).eval()
     images = check_images(config, size)
     model = onnx.load_from_string(_trace(whole, images[-1]))

@@ -18,6 +18,10 @@ from torch import Tensor
 from detbb.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOENT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 class BadFile(ValueError):
@@ -30,9 +34,9 @@ def write_atomically(
     """Make `path` hold what `write` writes, or leave it as it was.
 
     Temporary file beside it, flush, fsync, `verify`, replace, fsync of the folder: at every moment a kill leaves the
-    old file or the new one. Raises: UserError: the disk is full (names the file); OSError: anything else.
+    old file or the new one. Raises: UserError: `path` cannot be written, or the disk is full; OSError: anything else.
     """
-    with says_disk_full(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         temporary = Path(name)
@@ -52,14 +56,35 @@ def write_atomically(
 
 
 @contextmanager
-def says_disk_full(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write into a UserError that names the file."""
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise UserError(f"disk full: cannot write {path} ({error.strerror}); what was there is intact") from error
+        if error.errno in FULL:
+            raise UserError(f"disk full: cannot write {path} ({error.strerror}); what was there is intact") from error
+        if error.errno in REFUSED:
+            raise UserError(f"cannot write {path} ({error.strerror})") from error
+        raise
+
+
+def check_folder(folder: Path) -> None:
+    """Try to write where `folder` is or will be, before hours of work rely on it; leaves nothing. Raises: UserError."""
+    with writing(folder):
+        place = folder
+        while not place.exists():
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output file before the work for it. Raises: UserError: it exists already, or cannot be written."""
+    with writing(path):
+        if path.exists() and not overwrite:
+            raise UserError(f"-o {path}: exists already; name another file, or --overwrite (nothing was changed)")
+        if path.is_dir():
+            raise UserError(f"-o {path}: is a folder; name a file")
+    check_folder(path.parent)
 
 
 def remove_leftovers(folder: Path) -> None:

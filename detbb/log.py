@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from detbb.event_files import keep_events
-from detbb.files import says_disk_full, write_atomically
+from detbb.files import write_atomically, writing
 from detbb.schema import mismatch
 
 _HEAD = {"step": int, "split": str}  # what every line of metrics.jsonl has
@@ -41,17 +41,18 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        output_dir.mkdir(parents=True, exist_ok=True)
         self._folder = output_dir
         metrics = output_dir / "metrics.jsonl"
         if resume_step is not None:
             drop_later_steps(metrics, resume_step)
             keep_events(output_dir / "tb", _from_before(resume_step, read_evaluations(metrics)))
+        with writing(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            self._text = (output_dir / "log.txt").open("a", encoding="utf-8")
+            self._metrics = metrics.open("a", encoding="utf-8")
+            self._tb = SummaryWriter(str(output_dir / "tb"))
         self._console = Console() if sys.stdout.isatty() else Console(width=140)
-        self._text = (output_dir / "log.txt").open("a", encoding="utf-8")
         self._plain = Console(file=self._text, width=140, no_color=True, force_terminal=False)
-        self._metrics = metrics.open("a", encoding="utf-8")
-        self._tb = SummaryWriter(str(output_dir / "tb"))
         self._live: Live | None = None
         self._speed = _Speed()
         self._total = 0
@@ -86,7 +87,7 @@ class RunLog:
         """One training record: `{"step", "split": "train", …values}`; also a line of text."""
         if not self._writes:
             return
-        with says_disk_full(self._folder):
+        with writing(self._folder):
             self._scalars("train", step, values)
         self._line({"step": step, "split": "train"}, values)
         shown = {name: value for name, value in values.items() if name not in ("data_s", "step_s", "images_per_s")}
@@ -107,7 +108,7 @@ class RunLog:
         """
         if not self._writes or not metrics:
             return
-        with says_disk_full(self._folder):
+        with writing(self._folder):
             self._scalars(f"{split}/{weights}", step, metrics)
             for name, image in (images or {}).items():
                 pixels = image if isinstance(image, np.ndarray) else np.asarray(Image.open(image).convert("RGB"))
@@ -121,14 +122,14 @@ class RunLog:
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Text for TensorBoard alone, such as the freeze report."""
         if self._writes:
-            with says_disk_full(self._folder):
+            with writing(self._folder):
                 self._tb.add_text(tag, markdown, step)
 
     def sync(self) -> None:
         """Make everything logged so far durable; call it before a checkpoint that relies on it is saved."""
         if not self._writes:
             return
-        with says_disk_full(self._folder):
+        with writing(self._folder):
             self._tb.flush()
             for path in (self._folder / "metrics.jsonl", *(self._folder / "tb").iterdir()):
                 with path.open("rb") as file:
@@ -138,19 +139,19 @@ class RunLog:
         if not self._writes:
             return
         self._stop_live()
-        with says_disk_full(self._folder), closing(self._text), closing(self._metrics):
+        with writing(self._folder), closing(self._text), closing(self._metrics):
             self._tb.close()
 
     def _show(self, content: RenderableType) -> None:
         if self._writes:
             self._console.print(content, highlight=False, soft_wrap=isinstance(content, Text))
-            with says_disk_full(self._folder / "log.txt"):
+            with writing(self._folder / "log.txt"):
                 self._plain.print(content, highlight=False, soft_wrap=isinstance(content, Text))
                 self._text.flush()
 
     def _line(self, head: dict[str, Any], values: Mapping[str, float]) -> None:
         line = head | {name: _finite(value) for name, value in values.items()}
-        with says_disk_full(self._folder / "metrics.jsonl"):
+        with writing(self._folder / "metrics.jsonl"):
             self._metrics.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             self._metrics.flush()
 

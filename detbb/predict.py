@@ -22,6 +22,7 @@ from detbb.distributed import processes
 from detbb.errors import UserError, unknown_name
 from detbb.evaluate import on_cpu, write_json, write_png
 from detbb.evaluators import coco_results
+from detbb.files import check_folder
 from detbb.predictions import Predictions
 
 
@@ -44,12 +45,16 @@ def predict(
     """
     content = open_checkpoint(checkpoint)
     config = config_from_dict(content["config"], origin="the checkpoint's stored config")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UserError(f"--threshold: {threshold:g} is no score; valid are numbers from 0 to 1")
     names = list(config.heads) if heads is None else list(heads)
     if unknown := [name for name in names if name not in config.heads]:
         raise unknown_name("--head", unknown[0], config.heads)
     least = {n: config.heads[n].threshold if threshold is None else threshold for n in names}
     source = config.data[config.heads[names[0]].data]
     folder = None if output_dir is None else Path(output_dir)
+    if folder is not None:
+        check_folder(folder)
     inputs = [inputs] if isinstance(inputs, str | Path) else inputs
     found = list(find_images(inputs, folder))
     taken = {path.resolve() for path, _ in found}

@@ -22,6 +22,7 @@ from detbb.data.doctor import examine
 from detbb.detector import ClassList, Detector, build_detector
 from detbb.distributed import agreed, all_gather_objects, rank
 from detbb.errors import UserError
+from detbb.files import check_folder
 from detbb.heads import find_head
 from detbb.norm import FrozenBatchNorm2d
 from detbb.phases import Phase
@@ -38,11 +39,12 @@ class Start:
 
 
 def open_run_folder(config: Config, resume: str | None) -> Start:
-    """Where the run starts: `resume` is None, `auto`, or a checkpoint file.
+    """Where the run starts, in a folder that can be written: `resume` is None, `auto`, or a checkpoint file.
 
-    Raises: UserError: the folder holds a run and `resume` is None; the named checkpoint cannot be used.
+    Raises: UserError: the folder holds a run and `resume` is None; it or the named checkpoint cannot be used.
     """
     with agreed():
+        check_folder(Path(config.output_dir))
         start = _find_start(config, resume)
     with agreed():
         if len(steps := set(all_gather_objects(start.step))) > 1:
@@ -63,7 +65,7 @@ def _find_start(config: Config, resume: str | None) -> Start:
             )
         return Start(None, [])
     if resume != "auto":
-        content = checkpoints.open_checkpoint(resume)
+        content = checkpoints.open_checkpoint(resume, key="--resume")
         return Start(content, [f"resuming from {resume} at step {content['step']}"], content["step"])
     found = folder.newest()
     if found is None:
@@ -141,7 +143,7 @@ def start_detector(config: Config, start: Start, train: dict[str, Annotations]) 
     torch.manual_seed(config.seed)
     given = start.checkpoint
     if given is None and config.init_from is not None:
-        given = checkpoints.open_checkpoint(config.init_from)
+        given = checkpoints.open_checkpoint(config.init_from, key="init_from")
     classes = {n: ClassList.of_data(train[h.data]) for n, h in config.heads.items() if n not in config.carried}
     if given is not None:  # what a resumed run did not carry is no head of it: see _load_exactly
         only = None if start.checkpoint is None else given["config"]["carried"]

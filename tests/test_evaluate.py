@@ -12,12 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+from detbb.branches import extract
 from detbb.checkpoint import load_detector, open_checkpoint
 from detbb.config import Config
 from detbb.config_loading import config_from_dict
 from detbb.data import read_split
 from detbb.errors import UserError
-from detbb.evaluate import evaluate, evaluate_detector
+from detbb.evaluate import evaluate, evaluate_detector, write_json
+from detbb.export import export_onnx
+from detbb.log import RunLog
 from detbb.predict import find_images, predict
 from detbb.train import train
 
@@ -196,6 +199,9 @@ def test_threshold_and_head_choose_what_is_said(run: Path) -> None:
     (some,) = predict(checkpoint_of(run), image, heads=["objects"], threshold=middle)
     assert [r["score"] for r in some["heads"]["objects"]] == [s for s in scores if s >= middle]
     assert list(some["heads"]) == ["objects"] and 0 < len(some["heads"]["objects"]) < len(scores)
+    for value in (-0.1, 5.0, float("nan")):
+        with pytest.raises(UserError, match=r"--threshold: .* valid are numbers from 0 to 1"):
+            predict(checkpoint_of(run), run / "data", threshold=value)
 
 
 def test_inputs_are_never_overwritten(run: Path, tmp_path: Path) -> None:
@@ -226,6 +232,27 @@ def test_only_bad_inputs_exit_with_2(
         runpy.run_path(str(ROOT / "tools/predict.py"), run_name="__main__")
     assert ended.value.code == 2 and "error: no image to predict on" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/x", "/proc/nope", "x" * 300])
+def test_an_output_that_cannot_be_written_is_said_before_the_work(run: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    checkpoint, out = checkpoint_of(run), tmp_path / place
+    config = config_from_dict(open_checkpoint(checkpoint)["config"] | {"output_dir": str(out)}, "test")
+    for command in (
+        lambda: train(config),
+        lambda: evaluate(checkpoint, output_dir=out),
+        lambda: predict(checkpoint, run / "data", output_dir=out),
+        lambda: extract(checkpoint, "objects", output=out / "b.pt"),
+        lambda: export_onnx(checkpoint, out / "x.onnx"),
+        lambda: write_json(out / "x.json", []),
+        lambda: RunLog(out),
+    ):
+        with pytest.raises(UserError, match=f"cannot write {out}"):
+            command()
+    with pytest.raises(UserError, match="is a folder"):
+        extract(checkpoint, "objects", output=tmp_path, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_another_config_gives_the_data_and_keeps_the_branches(run: Path, tmp_path: Path) -> None:
