@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
@@ -27,6 +28,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def add_import(self) -> None:
+        """`--import MODULE`, for commands on a checkpoint: the user says which code may run, not the file."""
+        self.add_argument(
+            "--import",
+            action=_Import,
+            metavar="MODULE",
+            dest=argparse.SUPPRESS,
+            help="import a module with heads that the checkpoint names as MODULE:Class; can be repeated",
+        )
+
+
+class _Import(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _: Any = ""
+    ) -> None:
+        try:
+            importlib.import_module(values)
+        except Exception as error:
+            raise UserError(f"--import: cannot import {values!r} ({type(error).__name__}: {error})") from error
 
 
 def run(main: Callable[[], object]) -> NoReturn:

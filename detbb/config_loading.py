@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -25,12 +25,12 @@ from detbb.config_checks import check_combinations
 from detbb.config_types import check_section, nearest, show
 from detbb.errors import UserError
 from detbb.files import write_atomically
-from detbb.heads import HeadConfig, find_head
+from detbb.heads import Head, HeadConfig, find_head, known_head
 
 T = TypeVar("T")
 Layer = tuple[str, Any]  # where it was written, and what
 
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_SECRET = re.compile(r"KEYS?(?:_|$)|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _RESOLVED = re.compile(r"\$\{\s*(?P<key>[\w.\[\]]+)\s*\}|\$\{\s*oc\.env\s*:\s*(?P<variable>\w+)\s*(?:,[^${}]*)?\}")
 _MISSING_VARIABLE = re.compile(r"Environment variable '(.*?)' not found")
 
@@ -48,19 +48,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     values = config_to_dict(Config())  # so that ${…} reaches defaults too
     for name, layer in sources.layers:
         values = _merge(values, layer, name)
-    return _build(_resolve(values, sources), sources, world_size or int(os.environ.get("WORLD_SIZE", "1")))
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1  # as distributed.processes
+    return _build(_resolve(values, sources), sources, world_size, find_head)
 
 
 def config_from_dict(values: dict[str, Any], origin: str, *, overrides: Sequence[str] = ()) -> Config:
     """The checked configuration of plain containers (a checkpoint's); `origin` says in errors where they come from.
 
-    Nothing is resolved: a stored configuration reads no environment. Raises: UserError.
+    Nothing is resolved: a stored configuration reads no environment, and imports no head. Raises: UserError.
     """
     sources = _Sources(origin, [_override_layer(text) for text in overrides])
     values = copy.deepcopy(values)
     for name, layer in sources.layers:
         values = _merge(values, layer, name)
-    return _build(values, sources, world_size=1)
+    return _build(values, sources, 1, known_head)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -233,7 +235,7 @@ def _strings(value: Any, at: str) -> Iterator[tuple[str, str]]:
             yield from _strings(item, f"{at}[{index}]")
 
 
-def _build(values: dict[str, Any], sources: _Sources, world_size: int) -> Config:
+def _build(values: dict[str, Any], sources: _Sources, world_size: int, find: Callable[[str], type[Head]]) -> Config:
     """Keys and types first, then the dataclasses, then what must fit together."""
     fail = sources.fail
     check_section(Config, values, "", fail)
@@ -244,7 +246,7 @@ def _build(values: dict[str, Any], sources: _Sources, world_size: int) -> Config
         if not isinstance(arguments, dict) or not isinstance(arguments.get("type"), str):
             fail(at, f"is {show(arguments)}, must be a section with `type` and `data`")
         try:
-            classes[name] = find_head(arguments["type"])
+            classes[name] = find(arguments["type"])
         except UserError as error:
             fail(f"{at}.type", str(error))
         check_section(classes[name].Config, arguments, at, fail)
@@ -252,7 +254,8 @@ def _build(values: dict[str, Any], sources: _Sources, world_size: int) -> Config
     config = _structured(Config, values, "", sources)
     config.heads = heads
     config.eval.weights = config.eval.weights or ("ema" if config.ema else "model")
-    config.checkpoint.every = config.checkpoint.every or config.eval.every
+    if config.checkpoint.every is None:
+        config.checkpoint.every = config.eval.every
     check_combinations(config, classes, world_size, fail)
     return config
 

@@ -143,12 +143,14 @@ MISTAKES = [
     ("ema=0.99", ["ema is 0.99", "section"]),
     ("checkpoint.keep=1", ["checkpoint.keep is 1", "at least 2"]),
     ("eval.every=0", ["eval.every", "at least 1"]),
+    ("checkpoint.every=0", ["checkpoint.every", "at least 1"]),
     ("eval.best=object/bbox/AP", ["eval.best", "did you mean objects?"]),
     ("eval.best=pixels/sem/mIoU", ["eval.best", "data.scenes has no val split"]),
     ("init_from=[a]", ["init_from", "text"]),
     ("output_dir=${nowhere}", ["output_dir", "nowhere"]),
     ("output_dir=${oc.env:DETBB_UNSET}", ["output_dir", "DETBB_UNSET is not set"]),
     ("output_dir=${oc.env:HF_TOKEN,x}", ["output_dir", "HF_TOKEN", "secret"]),
+    ("output_dir=${oc.env:AWS_ACCESS_KEY_ID,x}", ["output_dir", "AWS_ACCESS_KEY_ID", "secret"]),
     ("output_dir=${oc.env:HOME${seed}}", ["output_dir", "not nested"]),
     ("heads.objects.prior_probability=0", ["heads.objects.prior_probability", "above 0 and below 1"]),
     ("heads.objects.topk_candidates=0", ["heads.objects.topk_candidates", "at least 1"]),
@@ -261,6 +263,7 @@ def test_environment_gives_the_data_root_and_is_resolved_in_what_is_saved(
     file.write_text(VALID.replace("images: train,", "images: '${oc.env:DETBB_DATA,data}/train',"))
     monkeypatch.delenv("DETBB_DATA", raising=False)
     assert load_config(file).data["blood"].train.images == "data/train"
+    assert load_config(file, ["output_dir=${oc.env:COCO_KEYPOINTS,runs}"]).output_dir == "runs"  # no KEY
     monkeypatch.setenv("DETBB_DATA", "/elsewhere")
     config = load_config(file)
     save_config(config, tmp_path / "saved.yaml")
@@ -272,6 +275,8 @@ def test_batch_must_divide_among_the_processes(file: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "4")
     load_config(file)
     monkeypatch.setenv("WORLD_SIZE", "8")
+    load_config(file)  # without RANK it is one process
+    monkeypatch.setenv("RANK", "0")
     text = error_of(file)
     assert "train.batch_size is 12" in text and "8 or 16" in text
 

@@ -15,6 +15,8 @@ from heads_support import CLASSES, make_batch, make_features, make_head, make_sp
 from torch.utils._pytree import tree_leaves
 
 import detbb.distributed
+from detbb.cli import Parser
+from detbb.config_loading import config_from_dict
 from detbb.data.batch import Batch
 from detbb.errors import UserError
 from detbb.heads import HEADS, Head, HeadConfig, find_head
@@ -247,9 +249,34 @@ def test_a_head_from_outside_is_found_by_module_and_class(monkeypatch):
         ("detbb.heads:Missing", "'Missing'.*no subclass of detbb.Head"),
         ("detbb.heads:find_head", "'find_head'.*no subclass"),
         (":Mine", "cannot import ''"),
+        (".heads:Mine", "cannot import '.heads'.*TypeError"),
+        ("broken_heads:Mine", "cannot import 'broken_heads'.*SyntaxError"),
     ],
 )
-def test_a_wrong_head_type_is_refused_in_one_line(name, said):
+def test_a_wrong_head_type_is_refused_in_one_line(tmp_path, monkeypatch, name, said):
+    (tmp_path / "broken_heads.py").write_text("class")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=said) as caught:
         find_head(name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_does_not_choose_what_is_imported(tmp_path, monkeypatch):
+    code = "import pathlib; from detbb.heads.fcos import FcosHead as Mine; pathlib.Path(__file__ + '.ran').touch()"
+    (tmp_path / "own_heads.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    values = {
+        "data": {"made": {"format": "shapes", "train": {"images": "made"}}},
+        "heads": {"objects": {"type": "own_heads:Mine", "data": "made"}},
+        "backbone": {"norm": "bn"},
+        "train": {"steps": 1},
+    }
+    with pytest.raises(UserError, match=r"heads\.objects\.type .*'own_heads' is not imported.*--import own_heads"):
+        config_from_dict(values, "a checkpoint")
+    assert not (tmp_path / "own_heads.py.ran").exists()
+    parser = Parser("", "")
+    parser.add_import()
+    with pytest.raises(UserError, match="--import: cannot import 'own_head' "):
+        parser.parse_args(["--import", "own_head"])
+    assert not vars(parser.parse_args(["--import", "own_heads"]))
+    assert config_from_dict(values, "a checkpoint").heads["objects"].type == "own_heads:Mine"

@@ -19,7 +19,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    def add(name: str, description: str, example: str) -> Parser:
         return commands.add_parser(name, help=description, description=description, example=f"{TOOL} {name} {example}")
 
     show = add("show", "What a checkpoint or branch file holds.", "runs/shapes_fcos/checkpoints/last.pt")
@@ -53,6 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for command in (extract, remove):
         command.add_argument("--head", required=True, metavar="NAME")
     for command in (extract, attach, remove):
+        command.add_import()
         command.add_argument("-o", "--output", required=True, metavar="FILE")
         command.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     return parser.parse_args(arguments)

@@ -19,6 +19,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--head", nargs="+", metavar="NAME", help="only these branches")
     parser.add_argument("--split", default="val", choices=["val", "train"], help="which images (default: val)")
     parser.add_argument("--output-dir", metavar="DIR", help="where results.json, metrics.json and pictures go")
+    parser.add_import()
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.coco.val.images=DIR")
     options = parser.parse_intermixed_args(arguments)
     if options.head is not None:  # overrides may follow the names

@@ -19,6 +19,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="input size (default: data's image_size)")
     parser.add_argument("--head", nargs="+", metavar="NAME", help="only these branches")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    parser.add_import()
     return parser.parse_args(arguments)
 
 

@@ -19,6 +19,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="where pictures and predictions.json go")
     parser.add_argument("--head", nargs="+", metavar="NAME", help="only these branches")
     parser.add_argument("--threshold", type=float, metavar="T", help="least score, 0 to 1 (default: each branch's own)")
+    parser.add_import()
     return parser.parse_intermixed_args(arguments)
 
 

@@ -21,6 +21,7 @@ def parse(arguments: list[str]):
         metavar="auto|CKPT",
         help="go on from a checkpoint; alone: the newest valid one of output_dir, or a fresh start if there is none",
     )
+    parser.add_import()
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.batch_size=8")
     for index, argument in enumerate(arguments[:-1]):
         if argument == "--resume" and "=" in arguments[index + 1] and not Path(arguments[index + 1]).exists():

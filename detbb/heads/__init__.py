@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 from detbb.errors import UserError, unknown_name
 from detbb.heads.base import Head, HeadConfig, HeadSpec, Predictions
@@ -15,7 +16,7 @@ from detbb.heads.mask_rcnn import MaskRcnnHead
 from detbb.heads.retinanet import RetinaNetHead
 from detbb.heads.semantic import SemanticHead
 
-__all__ = ["HEADS", "Head", "HeadConfig", "HeadSpec", "Predictions", "find_head"]
+__all__ = ["HEADS", "Head", "HeadConfig", "HeadSpec", "Predictions", "find_head", "known_head"]
 
 HEADS: dict[str, type[Head]] = {
     "classify": ClassifyHead,
@@ -38,10 +39,22 @@ def find_head(type_name: str) -> type[Head]:
     module_name, _, class_name = type_name.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # whatever the user's module raises, and what `importlib` says of a relative name
         raise UserError(
-            f"head type {type_name!r}: cannot import {module_name!r} ({error}); is it installed or on PYTHONPATH?"
+            f"head type {type_name!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); is it "
+            "installed or on PYTHONPATH?"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Head)):
         raise UserError(f"head type {type_name!r}: {class_name!r} of {module_name!r} is no subclass of detbb.Head")
     return found
+
+
+def known_head(type_name: str) -> type[Head]:
+    """`find_head` for what a file names that may be anybody's: imports nothing."""
+    module_name, outside, _ = type_name.partition(":")
+    if outside and module_name not in sys.modules:
+        raise UserError(
+            f"head type {type_name!r}: {module_name!r} is not imported, and a file must not choose what code runs; "
+            f"if it is yours, add --import {module_name} (in Python: import {module_name})"
+        )
+    return find_head(type_name)
