@@ -48,7 +48,7 @@ def processes(config: Config) -> Iterator[torch.device]:
         raise UserError("device: 'cuda', but PyTorch sees no CUDA device; valid here are auto and cpu")
     device = torch.device("cpu")
     if cuda and config.device != "cpu":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        device = torch.device("cuda", _own_gpu())
         torch.cuda.set_device(device)
         # fp32 is fp32: by default convolutions would round to TF32. And algorithms are picked by rule: timing them
         # (cudnn.benchmark) may pick others in the next run, and anew for each of the many shapes of padded batches.
@@ -61,7 +61,10 @@ def processes(config: Config) -> Iterator[torch.device]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _prctl_pr_set_pdeathsig(signal.SIGTERM)  # should torchrun be killed, save and leave
     timeout = timedelta(seconds=config.train.timeout_s)
-    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    except ValueError as error:  # RANK and WORLD_SIZE without the rest, or not as torchrun sets them
+        raise UserError(f"{error}; start several processes with torchrun, or unset RANK and WORLD_SIZE") from error
     peers = Peers(store, number, size, timeout_s=config.train.timeout_s)
     group = {"store": peers.store, "rank": number, "world_size": size, "timeout": timeout}
     try:
@@ -78,6 +81,14 @@ def processes(config: Config) -> Iterator[torch.device]:
             raise
         raise peers.explain(error) from error
     dist.destroy_process_group()
+
+
+def _own_gpu() -> int:
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    processes_here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", number + 1)), torch.cuda.device_count()
+    if processes_here > gpus:
+        raise _everywhere(f"--nproc-per-node: {processes_here} processes, but {gpus} GPUs; valid is one process a GPU")
+    return number
 
 
 @contextmanager
@@ -127,6 +138,15 @@ def all_gather_objects(item: object) -> list:
     items: list = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def gather_objects(item: object) -> list:
+    """Everybody's `item`, in rank order, on rank 0; nothing on the others."""
+    if not is_distributed():
+        return [item]
+    items: list | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(item, items)
+    return items or []
 
 
 def from_rank0(item: Any) -> Any:

@@ -8,24 +8,34 @@ import re
 import signal
 import socket
 import time
+import traceback
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from detbb.errors import PeerLost, tell_torchrun
 
 MEET_S = 60.0  # at least, for all to start: what they import may come from a cold disk
 WAIT_S = 5.0  # at most, for the others to notice a failure as well
-_SIGNS = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|wait timeout|timed out", re.IGNORECASE)
+_SIGNS = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|tim(ed|e) ?out", re.IGNORECASE)
 _TIMED_OUT = re.compile(r"tim(ed|e) ?out", re.IGNORECASE)
+_COLLECTIVES = re.compile(r"/torch/(distributed/|nn/parallel/distributed\.py|autograd/graph\.py)")  # the last: DDP's
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because of another process."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_SIGNS.search(str(error))))
+    """Whether a collective failed because of another process: by where it was raised, too, as others time out as well.
+
+    A CUDA error is this process's own, wherever it surfaces.
+    """
+    if isinstance(error, dist.DistError) or not isinstance(error, RuntimeError):
+        return isinstance(error, dist.DistError)
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = bool(frames) and _COLLECTIVES.search(frames[-1]) and not isinstance(error, torch.AcceleratorError)
+    return bool(inside and _SIGNS.search(str(error)))
 
 
 class Peers:

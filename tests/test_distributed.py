@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from detbb.config import Config
 from detbb.config_loading import load_config
 from detbb.data import read_split, train_loader
 from detbb.detector import Detector, build_detector
-from detbb.distributed import agreed, all_gather_objects, rank, world_size
+from detbb.distributed import agreed, all_gather_objects, processes, rank, world_size
 from detbb.errors import PeerLost, UserError
 from detbb.freeze import digest
 from detbb.heads.fcos import FcosConfig, FcosHead
-from detbb.peers import Peers
+from detbb.peers import Peers, is_lost_peer
 from detbb.step import Learner, read_losses, train_step
 from detbb.stopping import StopSignals
 from detbb.train import train
@@ -341,6 +342,43 @@ def test_who_does_not_answer_is_named_also_after_a_restart_on_the_same_store() -
         found = in_threads(lambda n, peers=peers: time.sleep(n * 0.2) or peers[n].explain(broken), waiting)
         assert len(found) == 3 and all(isinstance(error, PeerLost) for error in found.values())
         assert all(str(error).startswith(f"rank {lost} (pid {os.getpid()} on ") for error in found.values())
+
+
+def alone() -> list[tuple[str, bool]]:
+    """What a rank gets whose peer takes part in nothing, and what it gets wrong by itself."""
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2), process_group=group)
+    tries: list[Any] = []
+    if rank() == 0:
+        tries = [lambda: net(torch.ones(1, 2)).sum().backward(), lambda: dist.all_reduce(torch.ones(1), group=group)]
+    tries += [lambda: (_ for _ in ()).throw(RuntimeError(text)) for text in ("DataLoader timed out", "no file gloo/x")]
+    tries += [lambda: torch.ones(2) @ torch.ones(3), lambda: torch.load("timed out", weights_only=True)]
+    found = []
+    for one in tries:
+        try:
+            one()
+        except Exception as error:
+            found.append((str(error), is_lost_peer(error)))
+    dist.barrier()
+    return found
+
+
+def test_only_a_collective_that_fails_is_blamed_on_another_process() -> None:
+    first, second = run_ranks(alone, 2)
+    assert [lost for _, lost in first] == [True, True, False, False, False, False], first
+    assert [lost for _, lost in second] == [False] * 4, second
+
+
+def test_what_cannot_be_started_is_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match=r"MASTER_ADDR .*; start several processes with torchrun"), processes(Config()):
+        pass
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--nproc-per-node: 4 processes, but 2 GPUs"), processes(Config()):
+        pass
 
 
 def test_who_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
