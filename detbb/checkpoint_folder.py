@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,9 @@ class CheckpointFolder:
                 self.path(step).unlink(missing_ok=True)
         return path
 
-    def mark_best(self, step: int, content: Callable[[], dict[str, Any]]) -> None:
-        """Make `best.pt` the checkpoint of `step`; `content` is asked for if that step has no file."""
-        if self.path(step).exists():
-            link_atomically(self.path(step), self.folder / "best.pt")
-        else:
-            save_tensors(self.folder / "best.pt", content())
+    def mark_best(self, step: int) -> None:
+        """Make `best.pt` the checkpoint of `step`."""
+        link_atomically(self.path(step), self.folder / "best.pt")
 
     def newest(self) -> tuple[Path, dict[str, Any], list[str]] | None:
         """The valid checkpoint with the highest step, and a line about each file that was passed over.
@@ -71,22 +68,23 @@ class CheckpointFolder:
             raise UserError(f"--resume: no valid checkpoint in {self.folder}: {'; '.join(passed)}")
         return None if found is None else (*found, passed)
 
-    def go_on_from(self, step: int) -> list[str]:
-        """Make `step` the newest of the folder; a line if later checkpoints had to be set aside under another name."""
-        later = [self.path(s) for s in self.steps() if s > step]
-        if not later:
+    def go_on_from(self, source: Path, step: int) -> list[str]:
+        """Make `source`, a checkpoint of `step` from anywhere, the newest of the folder.
+
+        A line if later checkpoints, or another one of that step, had to be set aside under another name.
+        """
+        own, best = self.path(step), self.folder / "best.pt"
+        later = [p for s in self.steps() if s >= step and not _same(p := self.path(s), source)]
+        if not later and own.exists():
             return []
-        last = self.folder / "last.pt"
-        if self.path(step).exists():
-            link_atomically(self.path(step), last)
-        else:
-            last.unlink(missing_ok=True)
-        best = self.folder / "best.pt"
         if best.exists() and not _is_of(best, step):
             later.append(best)
-        for path in later:
-            path.rename(path.with_suffix(".pt.aside"))
-        return [f"WARNING: {len(later)} later checkpoints are set aside: {', '.join(f'{p}.aside' for p in later)}"]
+        aside = [_set_aside(path) for path in later]
+        if not own.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            link_atomically(source, own)
+        link_atomically(own, self.folder / "last.pt")
+        return [f"WARNING: {len(aside)} other checkpoints are set aside: {', '.join(aside)}"] if aside else []
 
 
 def _is_of(path: Path, step: int) -> bool:
@@ -95,6 +93,12 @@ def _is_of(path: Path, step: int) -> bool:
         return read_checkpoint(path)["step"] <= step
     except BadFile:
         return False
+
+
+def _set_aside(path: Path) -> str:
+    """Rename to the first free of `.aside`, `.aside2`, …"""
+    names = (path.with_name(f"{path.name}.aside{number if number > 1 else ''}") for number in itertools.count(1))
+    return str(path.rename(next(name for name in names if not name.exists())))
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from detbb.config import BackboneConfig, Config, DataConfig, NeckConfig, SplitConfig
+from detbb.config import BackboneConfig, Config, DataConfig, NeckConfig, ScheduleConfig, SplitConfig
 from detbb.config_types import Fail, join, nearest, show
 
 if TYPE_CHECKING:
@@ -232,15 +232,19 @@ def _check_optimizer(config: Config, fail: Fail) -> None:
         _check_part(name, config, f"optimizer.lr_mult.{name}", fail)
     if len(config.optimizer.betas) != 2:
         fail("optimizer.betas", f"is {show(config.optimizer.betas)}, must be two numbers")
-    schedule, steps = config.schedule, config.train.steps
-    if any(a >= b for a, b in itertools.pairwise(schedule.milestones)):
-        fail("schedule.milestones", f"is {show(schedule.milestones)}, must be ascending")
-    if steps is None:
-        return
+    milestones, steps = config.schedule.milestones, config.train.steps
+    if any(a >= b for a, b in itertools.pairwise(milestones)):
+        fail("schedule.milestones", f"is {show(milestones)}, must be ascending")
+    if steps is not None:
+        check_schedule(config.schedule, steps, f"train.steps {steps}", fail)
+
+
+def check_schedule(schedule: ScheduleConfig, steps: int, length: str, fail: Fail) -> None:
+    """Everything of the schedule must be over before the run is; `length` says where its `steps` come from."""
     if schedule.type == "multistep" and schedule.milestones and schedule.milestones[-1] >= steps:
-        fail("schedule.milestones", f"is {show(schedule.milestones)}, must be below train.steps {steps}")
+        fail("schedule.milestones", f"is {show(schedule.milestones)}, must be below {length}")
     if schedule.warmup_steps >= steps and schedule.warmup_steps:
-        fail("schedule.warmup_steps", f"is {schedule.warmup_steps}, must be below train.steps {steps}")
+        fail("schedule.warmup_steps", f"is {schedule.warmup_steps}, must be below {length}")
 
 
 def _check_batch(config: Config, world_size: int, fail: Fail) -> None:

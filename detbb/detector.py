@@ -198,12 +198,6 @@ def build_detector(config: Config, classes: Mapping[str, Any] | None = None) -> 
         spec = HeadSpec(
             name, lists[name].names, neck.channels, neck.strides, config.backbone, keypoints=lists[name].keypoints
         )
-        if missing := [
-            level for level in find_head(head_config.type).levels(head_config) if level not in neck.channels
-        ]:
-            raise UserError(
-                f"heads.{name}.levels: {missing} with neck.type {config.neck.type!r}; valid are {sorted(neck.channels)}"
-            )
         heads[name] = find_head(head_config.type)(head_config, spec)
     detector = Detector(backbone, neck, heads)
     detector.classes = lists

@@ -87,10 +87,12 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     check_folder(path.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what `write_atomically` and `link_atomically` leave below `folder` when they are killed."""
-    for temporary in folder.rglob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
+def remove_leftovers(run: Path) -> None:
+    """Remove what `write_atomically` and `link_atomically` leave in a run folder when they are killed."""
+    own = (".config.yaml.*", ".freeze.json.*", ".metrics.jsonl.*", ".nonfinite_step_*")
+    for pattern in (*own, "checkpoints/.*.pt.*", "eval/step_*/*/.*", "tb/.events.*"):
+        for temporary in run.glob(f"{pattern}.tmp"):
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -180,6 +182,7 @@ def _check_tensors(path: Path, content: Any) -> None:
     if isinstance(content, Tensor):
         if (
             content.layout != torch.strided
+            or content.device.type != "cpu"  # `meta`: without values
             or content.numel() * content.element_size() > content.untyped_storage().nbytes()
         ):
             raise BadFile(f"{path}: a tensor of shape {tuple(content.shape)} has fewer bytes stored than it claims")

@@ -39,8 +39,8 @@ class FrozenTensorChanged(RuntimeError):
     everywhere = True  # as in errors.UserError
 
 
-def resolve(detector: Detector, name: str) -> list[tuple[str, nn.Module]]:
-    """The submodules that a freeze name stands for; `backbone.stem` is conv1 + bn1.
+def resolve(detector: Detector, name: str, *, key: str = "freeze") -> list[tuple[str, nn.Module]]:
+    """The submodules that a name in config key `key` stands for; `backbone.stem` is conv1 + bn1.
 
     Raises: UserError: no such submodule; lists the valid ones.
     """
@@ -52,7 +52,7 @@ def resolve(detector: Detector, name: str) -> list[tuple[str, nn.Module]]:
     near = difflib.get_close_matches(name, [*modules, "backbone.stem"], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(
-        f"freeze: {name!r} is not a submodule; valid are {', '.join(parts(detector))} and anything below them{hint}"
+        f"{key}: {name!r} is not a submodule; valid are {', '.join(parts(detector))} and anything below them{hint}"
     )
 
 
@@ -101,9 +101,14 @@ def frozen_names(detector: Detector) -> list[str]:
 
 
 def averaged_names(detector: Detector) -> list[str]:
-    """What an EMA averages: trained parameters, and floating-point buffers that move (BN running statistics)."""
-    frozen = set(frozen_names(detector))
-    return [n for n, t in detector.state_dict().items() if n not in frozen and t.is_floating_point()]
+    """What an EMA averages: trained parameters, and statistics of norms that move.
+
+    Other buffers are constants, such as masks of -inf, or a module's own business.
+    """
+    names = {f"{prefix}.{n}" for prefix, norm in norm_modules(detector) for n, _ in norm.named_buffers(recurse=False)}
+    names |= dict(detector.named_parameters()).keys()
+    names -= set(frozen_names(detector))
+    return [n for n, t in detector.state_dict().items() if n in names and t.is_floating_point()]
 
 
 def moving_norms(detector: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -110,7 +110,8 @@ def compiled(function: Callable[..., Any], name: str, say: Callable[[str], None]
         nonlocal fast
         if fast is not function:
             try:
-                return fast(*args)
+                with torch._dynamo.config.patch(recompile_limit=64):  # one graph a shape, and padded batches have many
+                    return fast(*args)
             except Exception as error:  # what compilers raise is not of one kind
                 fast = function
                 reason = " ".join(str(error).split())[:160]

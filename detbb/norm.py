@@ -1,9 +1,7 @@
-"""Norm layers by name, and conversions between them that lose nothing."""
+"""Norm layers by name, and a conversion between them that loses nothing."""
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,7 +31,6 @@ class FrozenBatchNorm2d(torchvision.ops.misc.FrozenBatchNorm2d):
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__(num_features, eps)
         self.register_buffer("num_batches_tracked", torch.tensor(0))
-        self.momentum: float | None = 0.1  # unused; for the way back to BatchNorm2d
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
@@ -57,11 +54,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
         """x: (N, C, ...); N may be 0 on some processes."""
         if self.training and world_size() > 1:
             return self._forward_synced(x)
-        if self.training:
-            _say_single_process()
-            if not x.is_cuda and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-                # PyTorch's CPU kernel for this layout sums with ten times the rounding of its other one, and of ours
-                return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        if self.training and not x.is_cuda and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            # PyTorch's CPU kernel for this layout sums with ten times the rounding of its other one, and of ours
+            return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
         return super().forward(x)
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -140,11 +135,6 @@ class _Normalize(torch.autograd.Function):
 
 def _dims(x: Tensor) -> list[int]:
     return [0, *range(2, x.dim())]
-
-
-@functools.cache
-def _say_single_process() -> None:
-    logging.getLogger("detbb").warning("norm sync_bn on one process is plain bn")
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -234,34 +224,6 @@ def convert_norm(module: nn.Module, norm: str) -> nn.Module:
         return new.train(old.training)
 
     return _replace(module, (nn.BatchNorm2d, nn.SyncBatchNorm), convert)
-
-
-def bn_to_frozen(module: nn.Module) -> nn.Module:
-    """`module` with each 2d batch norm replaced by a FrozenBatchNorm2d of the same values in storage of its own."""
-
-    def freeze(old: Any) -> nn.Module:
-        if old.running_mean is None:
-            raise ValueError(f"{old} keeps no running statistics, so it cannot be frozen")
-        new = FrozenBatchNorm2d(old.num_features, old.eps)
-        new.momentum = old.momentum
-        return _copy(old, new)
-
-    return _replace(module, (nn.BatchNorm2d, nn.SyncBatchNorm), freeze)
-
-
-def frozen_to_bn(module: nn.Module) -> nn.Module:
-    """`module` with each frozen norm replaced by a trainable BatchNorm2d of the same values in storage of its own."""
-
-    def thaw(old: Any) -> nn.Module:
-        return _copy(old, nn.BatchNorm2d(len(old.weight), old.eps, getattr(old, "momentum", 0.1)))
-
-    return _replace(module, (torchvision.ops.misc.FrozenBatchNorm2d,), thaw)
-
-
-def _copy(old: Any, new: nn.Module) -> nn.Module:
-    new.to(old.running_mean)  # device and dtype
-    new.load_state_dict(old.state_dict(), strict=False)  # without affine, or without num_batches_tracked: the defaults
-    return new.train(old.training)
 
 
 def _replace(module: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[Any], nn.Module]) -> nn.Module:

@@ -55,12 +55,6 @@ def decay_by_name(detector: nn.Module, config: OptimizerConfig) -> dict[str, flo
 
 def build_optimizer(detector: Detector, config: OptimizerConfig, *, fused: bool = True) -> torch.optim.Optimizer:
     """An optimizer over the trained parameters alone; groups carry `names`, `lr_mult` and `weight_decay`."""
-    modules = {name for name, _ in detector.named_modules()} | {"backbone.stem"}
-    for name in config.lr_mult:
-        if name not in modules:
-            raise UserError(
-                f"optimizer.lr_mult: {name!r} is not a submodule; valid are backbone, neck, heads.<name>, …"
-            )
     decays = decay_by_name(detector, config)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in detector.named_parameters():
@@ -97,22 +91,26 @@ def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]
 
 
 def load_state_by_name(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give parameters the state saved under their name; the others start without one.
-
-    Raises: UserError: a state that does not fit its parameter.
-    """
+    """Give parameters the state saved under their name; the others start without one."""
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             if name in state:
-                optimizer.state[parameter] = {k: _placed(v, parameter, name) for k, v in state[name].items()}
+                optimizer.state[parameter] = {k: _placed(v, parameter) for k, v in state[name].items()}
 
 
-def _placed(value: Any, parameter: Tensor, name: str) -> Any:
+def check_state(detector: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError if a saved state does not fit its parameter."""
+    for name, parameter in detector.named_parameters():
+        for value in state.get(name, {}).values():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                shapes = f"{tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
+                raise UserError(f"checkpoint: the optimizer state of {name} has shape {shapes}")
+
+
+def _placed(value: Any, parameter: Tensor) -> Any:
     """Moments follow their parameter's device and layout; step counts of fused optimizers its device."""
     if not isinstance(value, Tensor):
         return value
     if value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
-    if value.dim():
-        raise UserError(f"checkpoint: optimizer state of {name} has shape {tuple(value.shape)}, the parameter another")
     return value.to(parameter.device, copy=True)

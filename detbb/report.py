@@ -13,9 +13,11 @@ from rich.table import Table
 
 from detbb import freeze
 from detbb.detector import Detector
+from detbb.errors import UserError
 from detbb.files import write_atomically
 from detbb.norm import has_running_stats, norm_modules
 from detbb.phases import Phase
+from detbb.schema import mismatch
 
 
 @dataclass(frozen=True)
@@ -104,17 +106,33 @@ def markdown(phase: Phase, report: Sequence[Row], notes: Sequence[str]) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
 
 
+_FORM = {"phase": int, "digests": {str: str}, "since": {str: int}, "verified": [int], "findings": [str]}
+
+
 class FreezeJournal:
-    """`freeze.json`: one entry a phase, with its report, digests, and the steps at which the digests were verified."""
+    """`freeze.json`: one entry a phase, with its report, its digests, the step (`since`) from which on a tensor had its
+    digest, and the steps at which the digests were verified.
+    """
 
     def __init__(self, path: Path, *, resumed: bool) -> None:
+        """Raises: UserError: the journal of the run that is resumed cannot be read."""
         self._path = path
         self._entries: list[dict[str, Any]] = []
         if resumed and path.exists():
-            self._entries = json.loads(path.read_text())["phases"]
+            try:
+                self._entries = json.loads(path.read_bytes())["phases"]
+                wrong = mismatch([{k: entry[k] for k in _FORM} for entry in self._entries], [_FORM])
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                wrong = f"{type(error).__name__}: {error}"
+            if wrong:
+                raise UserError(f"{path}: not a freeze journal ({wrong}); move it away to go on without its proof")
 
-    def begin(self, phase: Phase, report: Sequence[Row], notes: Sequence[str], digests: dict[str, str]) -> None:
-        """Enter a phase; one that was begun before an interruption keeps what was verified."""
+    def begin(
+        self, phase: Phase, report: Sequence[Row], notes: Sequence[str], *, digests: dict[str, str], step: int
+    ) -> None:
+        """Enter a phase at `step`; one that was begun before an interruption keeps what was verified."""
+        before = [e for e in self._entries if e["phase"] <= phase.index and step in e["verified"]][-1:]
+        known = {n: entry["since"][n] for entry in before for n in digests if entry["digests"].get(n) == digests[n]}
         verified = [e["verified"] for e in self._entries if e["phase"] == phase.index]
         self._entries = [e for e in self._entries if e["phase"] < phase.index]
         self._entries.append(
@@ -126,6 +144,7 @@ class FreezeJournal:
                 "modules": [asdict(row) for row in report],
                 "findings": list(notes),
                 "digests": digests,
+                "since": {name: known.get(name, step) for name in digests},
                 "verified": verified[0] if verified else [],
             }
         )
@@ -140,22 +159,24 @@ class FreezeJournal:
         self._entries[-1]["findings"].append(note)
         self._write()
 
-    def unchanged(self, detector: Detector) -> str | None:
-        """A line on the tensors that had one and the same digest in every phase; None if there is none."""
-        digests = [entry["digests"] for entry in self._entries]
-        same = {name for name in digests[0] if len({d.get(name) for d in digests}) == 1} if digests else set()
+    def unchanged(self, detector: Detector) -> list[str]:
+        """A line on the tensors that have one and the same digest since the start, and since each later step."""
+        since: dict[str, int] = self._entries[-1]["since"] if self._entries else {}
         parts = {p: _tensors(detector, p) for p in freeze.parts(detector) if not p.startswith("backbone.")}
-        found = [
-            f"{part} ({'all' if names <= same else f'{len(names & same)} of'} {len(names)} tensors)"
-            for part, names in parts.items()
-            if names & same
-        ]
-        whole = [part for part, names in parts.items() if names <= same]
-        heads = [part.removeprefix("heads.") for part in whole if part.startswith("heads.")]
-        line = f"unchanged to the bit since the start (SHA-256, freeze.json): {', '.join(found)}"
-        if heads and all(part in whole for part in parts if not part.startswith("heads.")):
-            line += f"; so what it was at the start, in every prediction: {', '.join(heads)}"
-        return line if found else None
+        lines = []
+        for step in sorted(set(since.values())):
+            same, begin = {n for n, first in since.items() if first == step}, f"step {step}" if step else "the start"
+            found = [
+                f"{part} ({'all' if names <= same else f'{len(names & same)} of'} {len(names)} tensors)"
+                for part, names in parts.items()
+                if names & same
+            ]
+            lines.append(f"unchanged to the bit since {begin} (SHA-256, freeze.json): {', '.join(found)}")
+            whole = [part for part, names in parts.items() if names <= same]
+            heads = [part.removeprefix("heads.") for part in whole if part.startswith("heads.")]
+            if heads and all(part in whole for part in parts if not part.startswith("heads.")):
+                lines[-1] += f"; so what it was at {begin}, in every prediction: {', '.join(heads)}"
+        return lines
 
     def _write(self) -> None:
         text = json.dumps({"phases": self._entries}, indent=1, ensure_ascii=False)

@@ -16,7 +16,7 @@ from detbb.config_loading import config_to_dict
 from detbb.data.annotations import Annotations
 from detbb.distributed import agreed, all_gather_objects, rank, world_size
 from detbb.ema import view
-from detbb.errors import Stopped
+from detbb.errors import Stopped, unknown_name
 from detbb.evaluate import evaluate_detector
 from detbb.feature_cache import FeatureCache
 from detbb.log import RunLog
@@ -42,6 +42,7 @@ class Run:
     step: int = 0
     saved: int = -1  # the step of the newest checkpoint
     digests: dict[str, str] = field(default_factory=dict)
+    optimizer_state: dict[str, dict[str, Any]] = field(default_factory=dict)  # before this phase, by parameter name
     best: float = float("-inf")
     losses: dict[str, float] = field(default_factory=dict)  # as last logged
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
@@ -76,17 +77,17 @@ def after_step(run: Run, outcome: Outcome, *, lr: float, step_s: float, data_s: 
     run.log.progress(run.step, run.steps, losses=run.losses, images=images, step_s=step_s, data_s=data_s)
 
 
-def check_gradients(run: Run, phase: Phase, missing: set[str]) -> set[str]:
-    """The trained parameters that had no gradient so far; says so once, ten steps (of each source) into the phase."""
+def check_gradients(run: Run, missing: set[str], turns: dict[str, int]) -> set[str]:
+    """The trained parameters that had no gradient so far; says so once, when each source had ten `turns`."""
     if missing:
         missing = {n for n, p in run.learner.detector.named_parameters() if n in missing and p.grad is None}
-        if missing and run.step == phase.start + 10 * len(run.train_data):
-            steps, names = run.step - phase.start, ", ".join(sorted(missing))
-            note = f"trained but without a gradient in the first {steps} steps: {names}"
-            run.log.info(f"WARNING: {note}")
-            if rank() == 0:
-                run.journal.find(note)
-    return missing
+    if not missing or min(turns.values()) < 10:
+        return missing
+    note = f"trained but without a gradient in the first {sum(turns.values())} steps: {', '.join(sorted(missing))}"
+    run.log.info(f"WARNING: {note}")
+    if rank() == 0:
+        run.journal.find(note)
+    return set()
 
 
 def verify(run: Run) -> None:
@@ -122,9 +123,11 @@ def save(run: Run) -> None:
 
 
 def refuse_nonfinite(run: Run) -> None:
-    """Raise NonFinite if a weight, statistic or average is NaN or infinite: finite gradients can still overflow one."""
+    """Raise NonFinite if a trained weight, statistic or average is not finite: finite gradients can overflow one."""
+    state = run.learner.detector.state_dict()
     averages = run.learner.ema.tensors if run.learner.ema is not None else {}
-    tensors = [*run.learner.detector.state_dict().items(), *((f"ema of {n}", t) for n, t in averages.items())]
+    tensors = [(name, state[name]) for name in freeze.averaged_names(run.learner.detector)]
+    tensors += [(f"ema of {name}", tensor) for name, tensor in averages.items()]
     if broken := [name for name, tensor in tensors if not tensor.isfinite().all()]:
         raise NonFinite(
             f"step {run.step}: NaN or infinite values in {', '.join(broken[:5])} ({len(broken)} tensors); "
@@ -173,19 +176,23 @@ def evaluated_heads(run: Run) -> dict[str, Annotations]:
     return {name: run.val_data[head.data] for name, head in heads.items() if head.data in run.val_data}
 
 
-def missing_evaluations(run: Run) -> list[str]:
-    """The weights (`ema`, `model`) that this step is to be evaluated with and that are not in metrics.jsonl yet."""
+def evaluated_weights(run: Run) -> list[str]:
+    """The weights (`ema`, `model`) to evaluate with; best.pt follows the first."""
     chosen = run.config.eval.weights or "model"
-    kinds = ["ema", "model"] if chosen == "both" else [chosen]
-    return [kind for kind in kinds if evaluated_heads(run) and (run.step, kind) not in run.evaluated]
+    return ["ema", "model"] if chosen == "both" else [chosen]
+
+
+def missing_evaluations(run: Run) -> list[str]:
+    """The weights that this step is to be evaluated with and that are not in metrics.jsonl yet."""
+    return [kind for kind in evaluated_weights(run) if evaluated_heads(run) and (run.step, kind) not in run.evaluated]
 
 
 def evaluate_now(run: Run) -> None:
-    """Evaluate every branch that has a val split, log it, and move best.pt (by the first weights evaluated)."""
+    """Evaluate every branch that has a val split, move best.pt, and log it."""
     detector, heads = run.learner.detector, evaluated_heads(run)
     for weights in missing_evaluations(run):
         seen = view(detector, run.learner.ema.tensors if weights == "ema" and run.learner.ema else {})
-        second = weights == "model" and run.config.eval.weights == "both"
+        second = weights != evaluated_weights(run)[0]
         output = run.folder / "eval" / f"step_{run.step:07d}{'_model' if second else ''}"
         metrics = evaluate_detector(seen, heads, config=run.config, output_dir=output, weights=weights, stop=run.stop)
         if signal := max(all_gather_objects(run.stop())):  # --resume makes up for this evaluation
@@ -194,11 +201,22 @@ def evaluate_now(run: Run) -> None:
             raise Stopped(signal)
         if not second:
             run.metrics = metrics
-            if metrics.get(best_metric(run), float("-inf")) > run.best:
-                run.best = metrics[best_metric(run)]
-                with agreed():
-                    if rank() == 0:
-                        run.checkpoints.mark_best(run.step, lambda: content(run))
+            follow_best(run)
         pictures = {n: output / n / "samples.png" for n in heads if (output / n / "samples.png").exists()}
         run.log.evaluation(run.step, weights, metrics, images=pictures)
         run.evaluated.add((run.step, weights))
+
+
+def follow_best(run: Run) -> None:
+    """Move best.pt if the metrics are the best so far. Raises: UserError: `eval.best` is none of them."""
+    name, named = best_metric(run), run.config.eval.best is not None
+    improved = run.metrics.get(name, float("-inf")) > run.best
+    if (improved or (named and name not in run.metrics)) and run.saved != run.step:
+        save(run)
+    with agreed():
+        if named and name not in run.metrics:
+            raise unknown_name("eval.best", name, run.metrics)
+        if improved:
+            run.best = run.metrics[name]
+            if rank() == 0:
+                run.checkpoints.mark_best(run.step)

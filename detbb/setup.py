@@ -1,78 +1,29 @@
-"""What a run starts from: its folder, data, weights, and what it refuses to start with."""
+"""What a run starts from: its data and weights, and what it refuses to start with."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
-from torch import nn
 
 from detbb import checkpoint as checkpoints
-from detbb import freeze
-from detbb.checkpoint_folder import CheckpointFolder
+from detbb import freeze, resuming
 from detbb.config import Config
-from detbb.config_loading import config_to_dict
+from detbb.config_checks import check_schedule
+from detbb.data import train_loader
 from detbb.data.annotations import Annotations
 from detbb.data.doctor import examine
 from detbb.detector import ClassList, Detector, build_detector
-from detbb.distributed import agreed, all_gather_objects, rank
+from detbb.distributed import agreed, rank, world_size
 from detbb.errors import UserError
-from detbb.files import check_folder
 from detbb.heads import find_head
-from detbb.norm import FrozenBatchNorm2d
+from detbb.norm import FrozenBatchNorm2d, SyncBatchNorm
 from detbb.phases import Phase
+from detbb.resuming import Start
 from detbb.weights import load_backbone_weights
-
-
-@dataclass
-class Start:
-    """The checkpoint a run goes on from (None: a fresh start), and lines about files that were passed over."""
-
-    checkpoint: dict[str, Any] | None
-    notes: list[str]
-    step: int | None = None  # what the logs hold of later steps is dropped; None: there is nothing to drop
-
-
-def open_run_folder(config: Config, resume: str | None) -> Start:
-    """Where the run starts, in a folder that can be written: `resume` is None, `auto`, or a checkpoint file.
-
-    Raises: UserError: the folder holds a run and `resume` is None; it or the named checkpoint cannot be used.
-    """
-    with agreed():
-        check_folder(Path(config.output_dir))
-        start = _find_start(config, resume)
-    with agreed():
-        if len(steps := set(all_gather_objects(start.step))) > 1:
-            raise UserError(
-                f"output_dir: the processes find checkpoints of steps {sorted(steps)} in {config.output_dir!r}; "
-                "it must be one folder that all of them share"
-            )
-    return start
-
-
-def _find_start(config: Config, resume: str | None) -> Start:
-    folder = CheckpointFolder(Path(config.output_dir) / "checkpoints", config.checkpoint.keep)
-    if resume is None:
-        if (Path(config.output_dir) / "config.yaml").exists() or folder.steps():
-            raise UserError(
-                f"output_dir: {config.output_dir!r} already holds a run; go on with --resume, "
-                "or give another output_dir (nothing was changed)"
-            )
-        return Start(None, [])
-    if resume != "auto":
-        content = checkpoints.open_checkpoint(resume, key="--resume")
-        return Start(content, [f"resuming from {resume} at step {content['step']}"], content["step"])
-    found = folder.newest()
-    if found is None:
-        return Start(None, [f"--resume: no checkpoint in {folder.folder} yet, so this is a fresh start"], 0)
-    path, content, passed = found
-    notes = [f"WARNING: passed over an unusable checkpoint: {line}" for line in passed]
-    return Start(content, [*notes, f"resuming from {path} at step {content['step']}"], content["step"])
 
 
 def needs_by_source(config: Config, heads: Collection[str] | None = None) -> dict[str, frozenset[str]]:
@@ -109,7 +60,8 @@ def read_sources(config: Config) -> tuple[dict[str, Annotations], dict[str, Anno
 
 
 def check_data(detector: Detector, config: Config, splits: list[dict[str, Annotations]]) -> None:
-    """Let every head look at its data before step 0. Raises: UserError: one cannot learn from it."""
+    """Let every reader be built, and every head look at its data, before step 0. Raises: UserError."""
+    train_loader(splits[0], config, needs=needs_by_source(config), start_step=0, end_step=0)
     for name, source in detector.sources.items():
         for split in splits:
             if source in split:
@@ -126,13 +78,22 @@ def repairs(train: dict[str, Annotations], val: dict[str, Annotations]) -> list[
 
 
 def total_steps(config: Config, train: dict[str, Annotations]) -> int:
-    """Optimizer steps of the run; `epochs` counts passes over every data source, the slowest one included."""
+    """Optimizer steps of the run; `epochs` counts passes over every data source, the slowest one included.
+
+    Raises: UserError: the schedule is longer.
+    """
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None
     turns = sum(config.data[name].weight for name in train)
     longest = max(len(a) * turns / config.data[name].weight for name, a in train.items())
-    return math.ceil(config.train.epochs * longest / config.train.batch_size)
+    steps = math.ceil(config.train.epochs * longest / config.train.batch_size)
+    check_schedule(config.schedule, steps, f"the {steps} steps of train.epochs {config.train.epochs:g}", _fail)
+    return steps
+
+
+def _fail(at: str, message: str) -> NoReturn:
+    raise UserError(f"{at} {message}")
 
 
 def start_detector(config: Config, start: Start, train: dict[str, Annotations]) -> tuple[Detector, list[str], set[str]]:
@@ -145,15 +106,14 @@ def start_detector(config: Config, start: Start, train: dict[str, Annotations]) 
     if given is None and config.init_from is not None:
         given = checkpoints.open_checkpoint(config.init_from, key="init_from")
     classes = {n: ClassList.of_data(train[h.data]) for n, h in config.heads.items() if n not in config.carried}
-    if given is not None:  # what a resumed run did not carry is no head of it: see _load_exactly
+    if given is not None:  # what a resumed run did not carry is no head of it: see resuming.load
         only = None if start.checkpoint is None else given["config"]["carried"]
         classes |= checkpoints.add_carried_heads(config, given, only=only)
     if unknown := [name for name in config.carried if name not in classes]:
         raise UserError(f"carried: {unknown[0]!r} is no head of what the run starts from; leave it out")
     detector = build_detector(config, classes)
     if start.checkpoint is not None:
-        _check_same_classes(classes, start.checkpoint)
-        _load_exactly(detector, start.checkpoint)
+        resuming.load(detector, start.checkpoint, classes=classes)
         return detector, [], set()
     lines: list[str] = []
     random = set(detector.state_dict())
@@ -204,58 +164,20 @@ def _covers(frozen: tuple[str, ...], name: str) -> bool:
 
 def _load_weights(config: Config, detector: Detector) -> list[str]:
     assert config.backbone.weights is not None
-    with agreed():
+    with agreed(rank0_first=True):  # one process fetches a file
         coverage = load_backbone_weights(detector.backbone, config.backbone.weights)
         for name in detector.heads:
             detector.head(name).load_backbone_weights(coverage.state)
     return [coverage.table(), *coverage.notes]
 
 
-def _check_same_classes(classes: dict[str, ClassList], checkpoint: dict[str, Any]) -> None:
-    for name, own in classes.items():
-        stored = checkpoint["classes"].get(name)
-        if stored is not None and ClassList.of(stored).names != own.names:
-            raise UserError(
-                f"--resume: heads.{name} learned {list(stored['names'])[:8]}, the data now has {list(own.names)[:8]}; "
-                "a changed class list is a new run: use init_from"
-            )
-
-
-def _load_exactly(detector: Detector, checkpoint: dict[str, Any]) -> None:
-    own, given = detector.state_dict(), checkpoint["model"]
-    differ = sorted(set(own) ^ set(given)) or [n for n in own if own[n].shape != given[n].shape]
-    if differ:
-        raise UserError(
-            f"--resume: the checkpoint does not fit this config: {', '.join(differ[:5])}; "
-            "resume with the run's own config.yaml, or start another run with init_from"
-        )
-    detector.load_state_dict(given)
-
-
-def config_changes(config: Config, checkpoint: dict[str, Any]) -> list[str]:
-    """Lines about what differs between this config and the one the checkpoint was trained with."""
+def advice(config: Config, detector: Detector) -> list[str]:
+    """Lines about what may not be meant: more workers than this machine has cores, `sync_bn` on one process."""
     lines = []
-    now, then = _flat(config_to_dict(config)), _flat(checkpoint["config"])
-    for key in dict.fromkeys([*now, *then]):
-        if now.get(key) != then.get(key) and key != "output_dir":
-            lines.append(f"WARNING: resuming with another {key}: {then.get(key)!r} before, {now.get(key)!r} now")
-    return lines
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
-
-
-def check_workers(config: Config) -> list[str]:
-    """A line if this machine's processes start more workers than it has cores."""
+    if world_size() == 1 and any(isinstance(m, SyncBatchNorm) for m in detector.modules()):
+        lines.append("norm sync_bn on one process is plain bn")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = config.train.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    more = f"train.workers: {workers} data workers on {cores} cores take time from the training; fewer may be faster"
-    return [more] if workers > cores else []
-
-
-def count_parameters(module: nn.Module) -> str:
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return f"{trained:,} of {sum(p.numel() for p in module.parameters()):,} parameters are trained"
+    if workers > cores:
+        lines.append(f"train.workers: {workers} data workers on {cores} cores take time from training; try fewer")
+    return lines

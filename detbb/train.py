@@ -10,22 +10,30 @@ from typing import Any
 
 import torch
 
-from detbb import cache_setup, freeze, optim, report, setup
+from detbb import cache_setup, freeze, optim, report, resuming, setup
 from detbb.checkpoint_folder import CheckpointFolder
 from detbb.config import Config
-from detbb.config_loading import save_config
 from detbb.data import train_loader
 from detbb.data.batch import Batch
 from detbb.data.sampler import mix
-from detbb.distributed import from_rank0, processes, rank, world_size, wrap
+from detbb.distributed import agreed, from_rank0, processes, rank, world_size, wrap
 from detbb.ema import Ema
 from detbb.errors import Stopped, UserError
 from detbb.feature_cache import FeatureCache
-from detbb.files import remove_leftovers
 from detbb.frozen_prefix import FrozenPrefix, compiled, last_frozen
 from detbb.log import RunLog, read_evaluations, summary_table
 from detbb.phases import Phase, phase_at, plan_phases
-from detbb.run import Run, after_step, best_metric, check_gradients, due, evaluate_now, missing_evaluations, save
+from detbb.run import (
+    Run,
+    after_step,
+    best_metric,
+    check_gradients,
+    due,
+    evaluate_now,
+    evaluated_weights,
+    missing_evaluations,
+    save,
+)
 from detbb.step import Learner, train_step
 from detbb.stopping import StopSignals
 
@@ -37,22 +45,22 @@ def train(config: Config, *, resume: str | None = None) -> Path:
     Raises: UserError: config, data or checkpoint cannot work; Stopped: a signal came, and a checkpoint is safe.
     """
     with processes(config) as device, StopSignals() as stop:
-        start = setup.open_run_folder(config, resume)
-        run = prepare(config, start, device, stop)
+        run = prepare(config, resume, device, stop)
         try:
-            if start.checkpoint is not None and due(run, config.eval.every) and missing_evaluations(run):
-                enter(run, phase_at(run.phases, run.step - 1), start)  # the interruption came before evaluating
+            if run.saved == run.step and due(run, config.eval.every) and missing_evaluations(run):
+                enter(run, phase_at(run.phases, run.step - 1))  # the interruption came before evaluating
                 evaluate_now(run)
             while run.step < run.steps:
-                train_phase(run, phase_at(run.phases, run.step), start)
+                train_phase(run, phase_at(run.phases, run.step))
             finish(run)
         finally:
             run.log.close()
         return run.checkpoints.folder / "last.pt"
 
 
-def prepare(config: Config, start: setup.Start, device: torch.device, stop: StopSignals) -> Run:
-    """Read the data, build the detector, and open the run folder."""
+def prepare(config: Config, resume: str | None, device: torch.device, stop: StopSignals) -> Run:
+    """Read the data, build the detector, refuse what cannot work, and only then open the run folder."""
+    start = resuming.open_run_folder(config, resume)
     checkpoint = start.checkpoint
     train_data, val_data = setup.read_sources(config)
     detector, lines, random = setup.start_detector(config, start, train_data)
@@ -61,37 +69,39 @@ def prepare(config: Config, start: setup.Start, device: torch.device, stop: Stop
         if not detector.freeze(phase.freeze).learning():
             names = ", ".join(phase.freeze)
             raise UserError(f"freeze: phase {phase.index} freezes everything ({names}); nothing would learn")
+    for name in config.optimizer.lr_mult:
+        freeze.resolve(detector, name, key="optimizer.lr_mult")
     lines += setup.repairs(train_data, val_data)
     cache_setup.check(config, detector, phases, train_data)
     lines += setup.refuse_random(config, phases, detector, random)
     setup.check_data(detector, config, [train_data, val_data])
+    if checkpoint is not None:
+        lines += resuming.check(config, checkpoint, detector, train_data, steps=phases[-1].end)
+    folder = Path(config.output_dir)
+    with agreed():
+        journal = report.FreezeJournal(folder / "freeze.json", resumed=checkpoint is not None)
+    checkpoint_folder = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
+    with agreed():
+        if rank() == 0:
+            start.notes += resuming.enter_run_folder(config, start, checkpoint_folder)
     detector.to(device)
     ema = Ema(config.ema) if config.ema is not None else None
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-    learner = Learner(detector, ema, config.train, device, scaler)
-    folder = Path(config.output_dir)
-    checkpoint_folder = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
-    if rank() == 0 and start.step is not None:
-        remove_leftovers(folder)
-        start.notes.extend(checkpoint_folder.go_on_from(start.step))
     run = Run(
         config,
         folder,
         phases,
         train_data,
         val_data,
-        learner,
+        Learner(detector, ema, config.train, device, scaler),
         checkpoint_folder,
         RunLog(folder, resume_step=start.step, rank=rank()),
-        report.FreezeJournal(folder / "freeze.json", resumed=checkpoint is not None),
+        journal,
         stop,
     )
-    if rank() == 0:
-        save_config(config, folder / "config.yaml")
     if checkpoint is not None:
-        lines += setup.config_changes(config, checkpoint)
         restore(run, checkpoint)
-    for line in [*start.notes, *lines, *setup.check_workers(config), setup.count_parameters(detector)]:
+    for line in [*start.notes, *lines, *setup.advice(config, detector)]:
         run.log.info(line)
     return run
 
@@ -99,10 +109,7 @@ def prepare(config: Config, start: setup.Start, device: torch.device, stop: Stop
 def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     """Everything of a checkpoint but the model's tensors, which the detector started from."""
     run.step = run.saved = checkpoint["step"]
-    if (then := checkpoint["optimizer"]["type"]) != (now := run.config.optimizer.type):
-        raise UserError(
-            f"--resume: optimizer.type is {now!r}, the checkpoint's is {then!r}; use init_from to change it"
-        )
+    run.optimizer_state = checkpoint["optimizer"]["state"]
     run.learner.skipped_in_row = checkpoint["data"]["skipped_in_row"]
     if run.learner.ema is not None and checkpoint["ema"] is not None:
         run.learner.ema.load_state_dict(checkpoint["ema"])
@@ -111,16 +118,16 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     lines = from_rank0(read_evaluations(run.folder / "metrics.jsonl"))
     run.evaluated = {(line["step"], line["weights"]) for line in lines}
     if from_rank0((run.checkpoints.folder / "best.pt").exists()):
-        run.best = max((v for line in lines if (v := line.get(best_metric(run))) is not None), default=run.best)
-    if changed := freeze.changed(run.learner.detector, checkpoint["frozen"]["digests"]):
-        raise freeze.FrozenTensorChanged(freeze.explain(run.learner.detector, changed))
+        followed = [line.get(best_metric(run)) for line in lines if line["weights"] == evaluated_weights(run)[0]]
+        run.best = max((value for value in followed if value is not None), default=run.best)
 
 
-def train_phase(run: Run, phase: Phase, start: setup.Start) -> None:
+def train_phase(run: Run, phase: Phase) -> None:
     """Freeze, wrap, report, and train from the run's step to the phase's end."""
-    learner, config = run.learner, run.config
-    enter(run, phase, start)
-    missing = {n for n, p in learner.detector.named_parameters() if p.requires_grad}
+    learner, config, detector = run.learner, run.config, run.learner.detector
+    enter(run, phase)
+    missing = {n for n, p in detector.named_parameters() if p.requires_grad}
+    turns = {detector.sources[name]: 0 for name in detector.learning()}
     with closing(step_batches(run, phase)) as batches:  # ends the workers, however this is left
         clock = time.perf_counter()
         for batch, data_s in batches:
@@ -128,7 +135,8 @@ def train_phase(run: Run, phase: Phase, start: setup.Start) -> None:
             torch.manual_seed(mix(config.seed, run.step, rank()))  # for dropout, which no other state must influence
             outcome = train_step(learner, batch, lr=lr, stop=run.stop, folder=run.folder, step=run.step)
             run.step += 1
-            missing = check_gradients(run, phase, missing)
+            turns[batch[0].source] += 1
+            missing = check_gradients(run, missing, turns)
             step_s = time.perf_counter() - clock
             after_step(run, outcome, lr=lr, step_s=step_s, data_s=data_s)
             if run.step == phase.end or due(run, config.checkpoint.every) or outcome.stop:
@@ -138,20 +146,21 @@ def train_phase(run: Run, phase: Phase, start: setup.Start) -> None:
             if due(run, config.eval.every):
                 evaluate_now(run)
             clock = time.perf_counter()  # a step's time is the step's, not that of saving and evaluating
+    run.optimizer_state = optim.state_by_name(learner.optimizer)
 
 
-def enter(run: Run, phase: Phase, start: setup.Start) -> None:
+def enter(run: Run, phase: Phase) -> None:
     """Make the phase's freezing true everywhere: gradients, optimizer, average, DDP, digests, report."""
     learner, config, detector = run.learner, run.config, run.learner.detector
     detector.freeze(phase.freeze).train()
-    before = start.checkpoint["optimizer"]["state"] if start.checkpoint is not None else {}
-    if hasattr(learner, "optimizer"):
-        before = optim.state_by_name(learner.optimizer)
     learner.optimizer = optim.build_optimizer(detector, config.optimizer, fused=config.train.precision != "fp16")
-    optim.load_state_by_name(learner.optimizer, before)
+    optim.load_state_by_name(learner.optimizer, run.optimizer_state)
+    run.optimizer_state = optim.state_by_name(learner.optimizer)  # lets go of the tensors of before
     if learner.ema is not None:
         learner.ema.follow(detector)
     learner.model = wrap(detector)
+    if config.train.compile:
+        torch._dynamo.reset()  # else what was compiled in earlier phases counts towards its limit
     prefix = FrozenPrefix(detector, config.train, say=run.log.info) if last_frozen(detector) else None
     steps = phase.end - run.step
     learner.prefix, lines = cache_setup.with_cache(prefix, config, detector, data=run.train_data, steps=steps)
@@ -168,7 +177,7 @@ def enter(run: Run, phase: Phase, start: setup.Start) -> None:
     if run.step == phase.start:  # not again where a phase is resumed
         run.log.text("freeze", report.markdown(phase, rows, notes), run.step)
     if rank() == 0:
-        run.journal.begin(phase, rows, notes, run.digests)
+        run.journal.begin(phase, rows, notes, digests=run.digests, step=run.step)
 
 
 def step_batches(run: Run, phase: Phase) -> Generator[tuple[list[Batch], float]]:
@@ -196,7 +205,7 @@ def finish(run: Run) -> None:
     """The table at the end, what the run left untouched, and where everything is."""
     for table in summary_table(run.metrics, title=f"step {run.step}"):
         run.log.table(table)
-    if rank() == 0 and (proof := run.journal.unchanged(run.learner.detector)):
+    for proof in run.journal.unchanged(run.learner.detector) if rank() == 0 else ():
         run.log.info(proof)
     checkpoints, evaluated = ("checkpoints/last.pt", "checkpoints/best.pt"), f"eval/step_{run.step:07d}"
     for name in (*checkpoints, evaluated, "freeze.json", "metrics.jsonl", "tb"):

@@ -26,7 +26,8 @@ def content(step: int) -> dict[str, Any]:
         "step": step,
         "phase": 0,
         "ema": None,
-        "model": {"w": torch.full((300,), float(step))},
+        "config": {"heads": {}, "carried": []},
+        "model": {"backbone.w": torch.full((300,), float(step))},
     }
     made |= {"optimizer": {"type": "sgd", "state": {}}, "rng": {"seed": 0, "torch": torch.zeros(1)}}
     made |= {"data": {"images": {}, "batch_size": 1, "skipped_in_row": 0}, "frozen": {"names": [], "digests": {}}}
@@ -220,27 +221,43 @@ def test_steps_count_as_numbers_and_the_newest_are_kept(tmp_path):
 
 def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path):
     made = filled(tmp_path, 2, 4, 6)
-    made.mark_best(6, lambda: content(6))
-    lines = made.go_on_from(4)
-    assert "2 later checkpoints are set aside" in lines[0]
+    made.mark_best(6)
+    lines = made.go_on_from(made.path(4), 4)
+    assert "2 other checkpoints are set aside" in lines[0]
     assert made.newest()[1]["step"] == 4 and read_checkpoint(tmp_path / "last.pt")["step"] == 4
     assert sorted(p.name for p in tmp_path.glob("*.aside")) == ["best.pt.aside", "step_0000006.pt.aside"]
-    assert read_checkpoint(tmp_path / "step_0000006.pt.aside")["step"] == 6  # nothing is destroyed
-    assert made.go_on_from(4) == []
+    assert made.go_on_from(made.path(4), 4) == []
+    first = (tmp_path / "step_0000006.pt.aside").read_bytes()
+    made.save(content(6) | {"phase": 1})
+    assert made.go_on_from(made.path(4), 4)[0].endswith("step_0000006.pt.aside2")
+    assert (tmp_path / "step_0000006.pt.aside").read_bytes() == first  # nothing is destroyed
+    assert read_checkpoint(tmp_path / "step_0000006.pt.aside2")["phase"] == 1
+
+
+def test_going_on_from_a_checkpoint_from_elsewhere_brings_it_into_the_folder(tmp_path):
+    filled(tmp_path / "old", 4)
+    made = CheckpointFolder(tmp_path / "new", 3)
+    assert made.go_on_from(tmp_path / "old" / "last.pt", 4) == [] and made.newest()[1]["step"] == 4
+    other = filled(tmp_path / "other", 2, 4)
+    kept = other.path(4).read_bytes()
+    assert "1 other" in other.go_on_from(tmp_path / "old" / "last.pt", 4)[0]
+    assert other.path(4).samefile(tmp_path / "old" / "last.pt") and other.path(4).samefile(tmp_path / "other/last.pt")
+    assert (tmp_path / "other" / "step_0000004.pt.aside").read_bytes() == kept
 
 
 def test_what_kills_leave_half_written_is_removed_on_resume(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    for name in (".config.yaml.abc.tmp", "checkpoints/.step_0000002.pt.x1.tmp"):
+    ours = (".config.yaml.abc.tmp", "checkpoints/.step_0000002.pt.x1.tmp", "eval/step_0000002/a/.results.json.b.tmp")
+    theirs = ("notes.tmp", ".notes.tmp", "other/.config.yaml.abc.tmp", "checkpoints/.mine.tmp")
+    for name in (*ours, *theirs):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"half")
-    (tmp_path / "notes.tmp").write_text("the user's")
     files.remove_leftovers(tmp_path)
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["notes.tmp"]
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == set(theirs)
 
 
 def test_saving_the_same_step_again_leaves_no_stray_file(tmp_path):
     made = filled(tmp_path, 2)
-    made.mark_best(2, lambda: content(2))
-    made.mark_best(2, lambda: content(2))
+    made.mark_best(2)
+    made.mark_best(2)
     made.save(content(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt", "step_0000002.pt"]

@@ -298,9 +298,9 @@ def decide() -> dict[str, str]:
     first, second = all_gather_objects(began)
     found["good"] = str(second - first >= 0.2)
     for step in (world_size(), rank()):  # the same everywhere, and not
-        training.setup._find_start = lambda *_, step=step: training.setup.Start(None, [], step)
+        training.resuming._find_start = lambda *_, step=step: training.resuming.Start(None, [], step)
         try:
-            training.setup.open_run_folder(Config(), None)
+            training.resuming.open_run_folder(Config(), None)
         except UserError as error:
             found[f"start {step}"] = str(error)
     return found
