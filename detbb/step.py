@@ -106,9 +106,11 @@ def train_step(
     loss_ok = torch.stack(list(sums.values())).isfinite().all()
     # The one synchronisation of a step: all ranks learn whether anything is not finite, whether anybody must stop or
     # left out an image, and which parameters the losses of any rank depend on.
-    noted = reached.new_tensor([stop(), len(bad_images)])
-    flags = torch.stack([(~loss_ok).float(), (~norm.isfinite()).float(), *noted])
-    bad_loss, bad_gradient, signal, bad_image, *seen = (int(v) for v in maximum(torch.cat([flags, reached])).tolist())
+    noted, flags = [stop(), len(bad_images)], torch.stack([~loss_ok, ~norm.isfinite()]).float()
+    if world_size() > 1:
+        flags = maximum(torch.cat([flags, reached.new_tensor(noted), reached]))
+    bad_loss, bad_gradient, *others = map(int, flags.tolist())
+    signal, bad_image, *seen = others or noted
     outcome = Outcome(sums, norm, sum(len(b.targets) for b in batches), signal, skipped=bool(bad_loss or bad_gradient))
     if bad_image:
         outcome.bad_images = tuple(path for paths in all_gather_objects(bad_images) for path in paths)
@@ -122,7 +124,8 @@ def train_step(
     for buffer, before in statistics:
         buffer.copy_(before)
     learner.scaler.update()
-    if bad_loss or not learner.scaler.is_enabled():  # fp16 finds its scale by overflowing gradients now and then
+    # fp16 finds its scale by overflowing gradients now and then; what overflows without any scale is not finite
+    if bad_loss or not learner.scaler.is_enabled() or learner.scaler.get_scale() < 1:
         _refuse(learner, batches, sums, folder=folder, step=step)
     return outcome
 

@@ -9,12 +9,14 @@ import signal
 
 import pytest
 import torch
+from learning import learn, make_learner, small_config, small_detector
 from runs import flat, learned, lines, load, tiny_config
 
 from detbb.checkpoint import KEYS, load_detector
 from detbb.errors import Stopped, UserError
 from detbb.evaluate import evaluate
 from detbb.freeze import FrozenTensorChanged
+from detbb.step import NonFinite
 from detbb.train import train
 
 # The package's attributes of these names are the functions.
@@ -108,7 +110,7 @@ def test_the_freeze_journal_has_every_phase_with_its_digests(whole):
     assert [(p["start"], p["end"], p["freeze"]) for p in phases] == [
         (0, 3, ["backbone", "neck"]), (3, 7, ["backbone.stem"]), (7, 10, ["neck"])
     ]  # fmt: skip
-    assert [p["verified"] for p in phases] == [[2, 3], [4, 6, 7], [8, 10]]
+    assert [p["verified"] for p in phases] == [[2, 3], [4, 5, 6, 7], [8, 10]]  # 5: evaluated, and the best so far
     assert all(len(value) == 64 for p in phases for value in p["digests"].values())
     modules = {row["module"]: row for row in phases[0]["modules"]}
     assert modules["backbone.layer1"]["trained"] == 0 and modules["backbone.layer1"]["statistics"] == "fixed"
@@ -175,6 +177,8 @@ def test_resume_without_a_checkpoint_is_a_fresh_start(tmp_path, images):
         (["freeze=[backbone.layer9]"], "not a submodule; valid are backbone"),
         (["phases=[{steps: 20, freeze: [neck]}, {freeze: []}]"], "phases"),
         (["optimizer.lr_mult={bakcbone: 0.1}"], "bakcbone"),
+        (["optimizer.lr_mult={heads.shapes.towre: 0.1}"], r"lr_mult: 'heads.shapes.towre' is not.*did you mean"),
+        (["train.steps=null", "train.epochs=0.1"], "warmup_steps is 3, must be below the 1 steps of train.epochs 0.1"),
         (["device=cuda"], "no CUDA device"),
     ],
 )
@@ -247,6 +251,16 @@ def test_skipping_leaves_no_trace_and_has_a_limit(monkeypatch, tmp_path, images)
     assert load(tmp_path / "run")["step"] == 3
     first = flat(load(tmp_path / "run", "step_0000001")["model"])
     assert content == first
+
+
+def test_fp16_scaling_ends_a_run_whose_gradients_stay_non_finite(tmp_path):
+    """An overflow halves the scale and is no fault; with a scale below 1 it is one."""
+    learner = make_learner(small_config(), small_detector(small_config()), [])
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    next(p for p in learner.detector.parameters() if p.requires_grad).register_hook(lambda g: g * float("nan"))
+    learn(learner, 2, folder=tmp_path)
+    with pytest.raises(NonFinite, match="step 2: a loss or gradient is not finite"):
+        learn(learner, 1, first=2, folder=tmp_path)
 
 
 def test_a_loaded_detector_predicts_alone(whole):
