@@ -27,7 +27,7 @@ BRANCH_FORM: dict[str, Any] = {  # as `schema.mismatch` reads it
     "format_version": int,
     "kind": str,
     "head": str,
-    "config": {str: object},
+    "config": FORM["config"],
     "classes": FORM["classes"][str],
     "tensors": {str: Tensor},
     "shared": {"digest": str, "tensors": {str: str}},

@@ -28,7 +28,7 @@ from detbb.schema import mismatch
 FORMAT_VERSION = 1
 FORM: dict[str, Any] = {  # as `schema.mismatch` reads it
     "format_version": int,
-    "config": {str: object},
+    "config": {"heads": {str: {"type": str, "data": str, ...: object}}, "carried": [str], ...: object},
     "step": int,
     "phase": int,
     "model": {str: Tensor},
@@ -68,18 +68,26 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         raise BadFile(f"{path}: not a detbb checkpoint (needs the keys {', '.join(KEYS)})")
     if content["format_version"] != FORMAT_VERSION:
         raise BadFile(f"{path}: checkpoint format {content['format_version']!r}, this version reads {FORMAT_VERSION}")
-    wrong = mismatch(content, FORM)
-    model, averages = content["model"], {} if wrong or content["ema"] is None else content["ema"]["tensors"]
-    if wrong is None and content["step"] < 0:
-        wrong = f"step is {content['step']}"
-    heads = {} if wrong else content["config"].get("heads")
-    if wrong is None and isinstance(heads, dict) and set(content["classes"]) != set(heads):
-        wrong = f"classes of {', '.join(content['classes']) or 'no head'} do not fit the heads of its config"
-    if other := [n for n, t in averages.items() if n not in model or model[n].shape != t.shape]:
-        wrong = f"ema.tensors.{other[0]} is not as in model"
+    wrong = mismatch(content, FORM) or _contradiction(content)
     if wrong is not None:
         raise BadFile(f"{path}: not a whole detbb checkpoint: {wrong}")
     return content
+
+
+def _contradiction(content: Mapping[str, Any]) -> str | None:
+    """What does not fit together in a checkpoint of the right form, as one phrase, or None."""
+    model, classes = content["model"], content["classes"]
+    averages = content["ema"]["tensors"] if content["ema"] else {}
+    if content["step"] < 0:
+        return f"step is {content['step']}"
+    if set(classes) != set(content["config"]["heads"]):
+        return f"classes of {', '.join(classes) or 'no head'} do not fit the heads of its config"
+    parts = ("backbone.", "neck.", *(f"heads.{head}." for head in classes))
+    if other := [name for name in model if not name.startswith(parts)]:
+        return f"model.{other[0]} belongs to none of backbone, neck and its heads"
+    if other := [n for n, t in averages.items() if n not in model or model[n].shape != t.shape]:
+        return f"ema.tensors.{other[0]} is not as in model"
+    return None
 
 
 def open_checkpoint(path: Path | str, *, key: str = "checkpoint") -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 def mismatch(value: Any, form: Any, at: str = "") -> str | None:
     """Where `value` has another form, as one phrase, or None.
 
-    form: a type (`object`: anything); `{str: form}` a mapping; `{"key": form, …}` exactly these keys; `[form]` a list;
-    a tuple of alternatives (None stands for itself).
+    form: a type (`object`: anything); `{str: form}` a mapping; `{"key": form, …}` exactly these keys, or at least these
+    if `...` is one of them; `[form]` a list; a tuple of alternatives (None stands for itself).
     """
     if isinstance(form, tuple):
         tried = [mismatch(value, one, at) for one in form]
@@ -29,9 +29,9 @@ def mismatch(value: Any, form: Any, at: str = "") -> str | None:
         if not all(isinstance(key, str) for key in value):
             return f"{at or 'it'} has keys that are no text"
         items = [(f"{at}.{key}".lstrip("."), item, form[str]) for key, item in value.items()]
-    elif set(value) != set(form):
-        differ = sorted(map(str, set(value) ^ set(form)))
-        return f"{at or 'it'} must have the keys {', '.join(form)}; too many or too few: {', '.join(differ)[:200]}"
     else:
-        items = [(f"{at}.{key}".lstrip("."), value[key], form[key]) for key in form]
+        keys = [key for key in form if key is not ...]
+        if differ := sorted(map(str, set(keys) - set(value) if ... in form else set(value) ^ set(keys))):
+            return f"{at or 'it'} must have the keys {', '.join(keys)}; too many or too few: {', '.join(differ)[:200]}"
+        items = [(f"{at}.{key}".lstrip("."), value[key], form[key]) for key in keys]
     return next((found for name, item, one in items if (found := mismatch(item, one, name))), None)

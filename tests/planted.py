@@ -317,7 +317,7 @@ DATA_FAULTS = [
     DataFault(
         "image file missing, `on_bad_image: skip`",
         "repaired",
-        "not there .left out.*7.png",
+        "not there .replaced.*7.png",
         _skipping(lambda d: d.file().unlink()),
     ),
     DataFault("image file empty", "refused", "7.png .is empty", _bytes(b"")),
@@ -329,6 +329,12 @@ DATA_FAULTS = [
         "refused",
         "more than max_pixels",
         lambda d: (d.draw("train", "7.png", size=(50, 30)), d.options.update(max_pixels=1200)),
+    ),
+    DataFault(
+        "image file missing that should have 40,000 million pixels, `on_bad_image: skip`",
+        "refused",
+        "annotated size of more than max_pixels.*7.png",
+        _skipping(lambda d: (d.file().unlink(), [d.set(f"train/images/0/{s}", 200_000) for s in ("height", "width")])),
     ),
     DataFault(
         "PNG named .jpg",
@@ -392,16 +398,22 @@ DATA_FAULTS = [
     DataFault(
         "semantic: mask of another size",
         "refused",
-        "file 20 x 30, annotations 40 x 30",
+        "7.png .its mask is 20 x 30, its image 40 x 30",
         lambda d: semantic(d, size=(20, 30)),
     ),
     DataFault(
         "semantic: mask value of no class",
-        "refused when read",
+        "refused",
         r"no class has: \[77\]",
         lambda d: semantic(d, value=77),
     ),
-    DataFault("semantic: mask in RGB", "refused when read", "mode RGB", lambda d: semantic(d, mode="RGB")),
+    DataFault("semantic: mask in RGB", "refused", "mode RGB", lambda d: semantic(d, mode="RGB")),
+    DataFault(
+        "semantic: mask in RGB, `on_bad_image: skip`",
+        "repaired",
+        "replaced.*7.png .its mask has mode RGB",
+        _skipping(lambda d: semantic(d, mode="RGB")),
+    ),
 ]
 
 
@@ -492,6 +504,14 @@ def _first_model_tensor(f: Files) -> str:
     return next(name for name, t in f.content["model"].items() if t.dim() > 1)
 
 
+def _on_meta(f: Files) -> Path:
+    return f.with_(f"model/{(name := _first_model_tensor(f))}", f.content["model"][name].to("meta"))
+
+
+def _without_type(f: Files) -> Path:
+    return f.with_("config/heads", {name: {} for name in f.content["classes"]})
+
+
 def _huge_header(f: Files) -> Path:
     return f.bytes((2**40).to_bytes(8, "little") + b"{}", "x.safetensors")
 
@@ -575,6 +595,7 @@ FILE_FAULTS = [
     ),
     FileFault("tensor of negative size", "checkpoint", UNREAD, lambda f: f.with_("model/x", Claim((-1,), (1,)))),
     FileFault("sparse tensor", "checkpoint", "fewer bytes", lambda f: f.with_("model/x", torch.eye(3).to_sparse())),
+    FileFault("tensor without values (meta)", "checkpoint", "fewer bytes", _on_meta),
     FileFault("weights alone", "checkpoint", "not a detbb checkpoint", lambda f: f.save(f.weights)),
     FileFault(
         "a key missing",
@@ -599,11 +620,25 @@ FILE_FAULTS = [
     FileFault("classes as one text", "checkpoint", "classes.shapes", lambda f: f.with_("classes/shapes", "abc")),
     FileFault("classes of no head", "checkpoint", "classes of no head do not fit", lambda f: f.with_("classes", {})),
     FileFault("config with an unknown key", "checkpoint", "trian", lambda f: f.with_("config/trian", {})),
+    FileFault("config empty", "checkpoint", "config must have the keys heads", lambda f: f.with_("config", {})),
+    FileFault("config of heads without a type", "checkpoint", "must have the keys type", _without_type),
+    FileFault(
+        "tensor name without a part",
+        "checkpoint",
+        "model.weight belongs to none",
+        lambda f: f.with_("model/weight", torch.zeros(2)),
+    ),
+    FileFault(
+        "tensors of a head that is not there",
+        "checkpoint",
+        "model.heads.x.weight belongs to none",
+        lambda f: f.with_("model/heads.x.weight", torch.zeros(2)),
+    ),
     FileFault(
         "tensors of another network",
         "checkpoint",
         "do not fit its own config",
-        lambda f: f.with_("model/heads.x.weight", torch.zeros(2)),
+        lambda f: f.with_("model/backbone.x.weight", torch.zeros(2)),
     ),
     FileFault("pickle that runs a command", "weights", CODE, lambda f: f.pickle(Evil(f.sentinel), "x.pkl")),
     FileFault("PyTorch file that runs a command", "weights", CODE, lambda f: f.save({"a": Evil(f.sentinel)}, "x.pth")),
@@ -621,6 +656,12 @@ FILE_FAULTS = [
         "NaN or infinite",
         lambda f: f.save({**f.weights, "conv1.weight": f.weights["conv1.weight"] * NAN}, "x.pth"),
     ),
+    FileFault(
+        "tensors without values (meta)",
+        "weights",
+        "fewer bytes",
+        lambda f: f.save({k: v.to("meta") for k, v in f.weights.items()}, "x.pth"),
+    ),
     FileFault("a list", "weights", "holds a list", lambda f: f.save([1, 2], "x.pth")),
     FileFault("another network", "weights", "covers", lambda f: f.save({"encoder.weight": torch.zeros(3)}, "x.pth")),
     FileFault(
@@ -636,8 +677,9 @@ def tables() -> str:
     """The tables of docs/reliability.md."""
     data = ["| planted in the data | outcome |", "|---|---|"]
     data += [f"| {fault.title} | {fault.outcome} |" for fault in DATA_FAULTS]
-    files = ["| planted in a file | read as | outcome |", "|---|---|---|"]
-    files += [f"| {fault.title} | {fault.kind} | refused, nothing executed |" for fault in FILE_FAULTS]
+    files = ["| read as | planted in the file; always refused, nothing executed |", "|---|---|"]
+    for kind in ("checkpoint", "weights"):
+        files.append(f"| {kind} | {'; '.join(fault.title for fault in FILE_FAULTS if fault.kind == kind)} |")
     return "\n".join(
         [f"{len(DATA_FAULTS)} faults of data:", "", *data, "", f"{len(FILE_FAULTS)} of files:", "", *files, ""]
     )
