@@ -13,7 +13,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from detbb import plots
 from detbb.checkpoint import add_carried_heads, open_checkpoint, restore_detector
@@ -23,8 +22,9 @@ from detbb.data import eval_loader, read_split
 from detbb.data.annotations import Annotations
 from detbb.data.images import BadImage, read_image
 from detbb.data.semantic import read_mask
+from detbb.data.transforms import rasterize
 from detbb.detector import ClassList, Detector
-from detbb.distributed import agreed, all_gather_objects, from_rank0, processes, rank, world_size
+from detbb.distributed import agreed, all_gather_objects, from_rank0, gather_objects, processes, rank, world_size
 from detbb.errors import UserError, unknown_name
 from detbb.files import check_folder, write_atomically
 from detbb.heads.base import Head
@@ -55,14 +55,13 @@ def evaluate_detector(
     for name, branch in branches.items():
         sources.setdefault(config.heads[name].data, []).append(branch)
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed when it starts
-        finished = all(_run(detector, source, group, config, stop) for source, group in sources.items())
-    everyone = all_gather_objects((finished, {n: (b.evaluator.state(), b.samples) for n, b in branches.items()}))
-    if not all(done for done, _ in everyone):
-        return {}
+        if not _all_finish(lambda: all(_run(detector, s, group, config, stop) for s, group in sources.items())):
+            return {}
+    everyone = gather_objects({n: (b.evaluator.state(), b.samples) for n, b in branches.items()})
     metrics: dict[str, float] = {}
-    if rank() == 0:
-        for name, branch in branches.items():
-            shares = [states[name] for _, states in everyone]
+    with agreed():
+        for name, branch in branches.items() if everyone else ():
+            shares = [states[name] for states in everyone]
             results = sorted((entry for state, _ in shares for entry in state), key=lambda entry: entry["image_id"])
             own = branch.evaluator.summarize(results)
             metrics |= {f"{name}/{metric}": value for metric, value in own.items()}
@@ -74,6 +73,20 @@ def evaluate_detector(
     return from_rank0(metrics)
 
 
+def _all_finish(work: Callable[[], bool]) -> bool:
+    """Whether `work` says so on every rank. What it raises on one is raised on all: nobody waits for who left."""
+    finished, error = False, None
+    with agreed():
+        try:
+            finished = work()
+        except FloatingPointError as e:
+            error = e
+    outcomes = all_gather_objects((finished, error and str(error)))
+    if texts := [text for _, text in outcomes if text]:
+        raise error or FloatingPointError(texts[0])
+    return all(done for done, _ in outcomes)
+
+
 class _Branch:
     """One head's evaluator and pictures over its split."""
 
@@ -83,14 +96,21 @@ class _Branch:
         self._needs = head.needs
         self.evaluator = head.evaluator(annotations, engine=config.eval.engine)
         self._threshold: float = config.heads[name].threshold
-        self._max_pixels = config.data[config.heads[name].data].max_pixels
+        source = config.data[config.heads[name].data]
+        self._max_pixels, self._skips = source.max_pixels, source.on_bad_image == "skip"
         shown = np.unique(np.linspace(0, len(annotations) - 1, min(draws, len(annotations))).astype(int)).tolist()
         self._shown = {int(annotations.image_ids[index]): index for index in shown}
         self.samples: list[tuple[int, tuple[str, np.ndarray, np.ndarray]]] = []  # image index; caption, two pictures
 
     def take(self, image_id: int, predictions: Predictions) -> None:
         """`predictions` in original pixels, on the CPU."""
-        self.evaluator.add(image_id, predictions)
+        try:
+            self.evaluator.add(image_id, predictions)
+        except BadImage as error:  # the mask that holds the truth
+            if not self._skips:
+                raise
+            print(f"WARNING: left out of the evaluation: {error}", file=sys.stderr)
+            return
         if image_id not in self._shown:
             return
         index, classes = self._shown[image_id], self.annotations.classes
@@ -156,14 +176,8 @@ def ground_truth(annotations: Annotations, index: int, *, like: Predictions) -> 
     boxes[:, 2:] += boxes[:, :2]
     truth = Predictions(boxes, labels=torch.from_numpy(annotations.labels[rows].astype(np.int64)))
     if like.masks is not None and annotations.segments is not None:
-        height, width = annotations.sizes[index].tolist()
-        masks = np.zeros((len(rows), height, width), dtype=bool)
-        for mask, row in zip(masks, rows.tolist(), strict=True):
-            if segmentation := annotations.segments.coco(row):
-                is_rle = isinstance(segmentation, dict)
-                parts = [segmentation] if is_rle else coco_mask.frPyObjects(segmentation, height, width)
-                mask[:] = coco_mask.decode(coco_mask.merge(parts)).astype(bool)
-        truth.masks = torch.from_numpy(masks)
+        hw = tuple(annotations.sizes[index].tolist())
+        truth.masks = torch.from_numpy(rasterize(annotations.segments, rows, hw, hw).astype(bool))
     if like.keypoints is not None and annotations.keypoints is not None:
         truth.keypoints = torch.from_numpy(annotations.keypoints[rows].astype(np.float32))
     return truth

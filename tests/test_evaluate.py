@@ -2,26 +2,37 @@
 
 import json
 import os
+import pickle
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
+from planted import DataSet, semantic
+from processes import run_ranks
 
 from detbb.branches import extract
 from detbb.checkpoint import load_detector, open_checkpoint
-from detbb.config import Config
+from detbb.config import Config, TrainConfig
 from detbb.config_loading import config_from_dict
 from detbb.data import read_split
+from detbb.data.images import BadImage
+from detbb.distributed import rank
 from detbb.errors import UserError
 from detbb.evaluate import evaluate, evaluate_detector, write_json
+from detbb.evaluators import CocoEvaluator, SemanticEvaluator
 from detbb.export import export_onnx
+from detbb.heads.semantic import SemanticConfig
 from detbb.log import RunLog
 from detbb.predict import find_images, predict
+from detbb.predictions import Predictions
 from detbb.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +110,61 @@ def test_numbers_and_files_do_not_depend_on_the_number_of_processes(run: Path, t
     for name in FILES:
         assert (tmp_path / "out/objects" / name).read_bytes() == (tmp_path / "one/objects" / name).read_bytes()
     assert not (tmp_path / "out/present").exists() and done.stdout.count("objects/bbox") == 1
+
+
+def fail_on_one_rank(checkpoint: Path, kind: str) -> tuple[str, int]:
+    """The error's type and text, and the most bytes that every rank was sent."""
+    sent = [0]
+    gather = dist.all_gather_object
+    dist.all_gather_object = lambda items, item: (sent.append(len(pickle.dumps(item))), gather(items, item))[1]
+    add, calls = CocoEvaluator.add, []
+
+    def fail(self: CocoEvaluator, image_id: int, predictions: Predictions) -> None:
+        add(self, image_id, predictions)
+        calls.append(image_id)
+        if rank() == 1 and len(calls) == 2 and kind:
+            raise BadImage("x.png", "is cut") if kind == "image" else FloatingPointError("not finite")
+
+    CocoEvaluator.add = fail  # type: ignore[method-assign]
+    try:
+        evaluate(checkpoint, heads=["objects"], overrides=["eval.weights=ema"])
+    except (UserError, FloatingPointError) as error:
+        return f"{'UserError' if isinstance(error, UserError) else type(error).__name__}: {error}", max(sent)
+    return "", max(sent)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [("image", "UserError: x.png: is cut"), ("number", "FloatingPointError: not finite"), ("", "")]
+)
+def test_what_one_process_cannot_evaluate_ends_all_of_them(run: Path, kind: str, says: str) -> None:
+    for found, most in run_ranks(fail_on_one_rank, 2, checkpoint_of(run), kind, timeout_s=60):
+        assert found == says and most < 1000  # results and pictures go to rank 0 alone
+
+
+def test_an_image_whose_mask_is_bad_is_left_out_or_ends_the_evaluation(tmp_path: Path) -> None:
+    data = DataSet(tmp_path / "data")
+    semantic(data, mode="RGB")
+    source = replace(data.source(), on_bad_image="skip")
+    annotations = read_split(source, "train", "mine")
+    assert annotations is not None
+
+    class Zeros(torch.nn.Module):
+        """A detector that gives every pixel label 0; the truth is 1."""
+
+        heads = {"sem": SimpleNamespace(needs="semantic", evaluator=lambda a, engine: SemanticEvaluator(a))}  # noqa: RUF012
+        parameters = staticmethod(lambda: iter([torch.zeros(1)]))  # type: ignore[assignment]
+
+        def predict(self, images: torch.Tensor, sizes: list, heads: list[str]) -> dict[str, list[Predictions]]:
+            return {"sem": [Predictions(semantic=torch.zeros(len(annotations.classes), *s.hw)) for s in sizes]}
+
+    heads = {"sem": SemanticConfig(type="semantic", data="mine")}
+    options = {"output_dir": None, "weights": "ema"}
+    config = Config(data={"mine": source}, heads=heads, train=TrainConfig(workers=0))  # type: ignore[arg-type]
+    found = evaluate_detector(Zeros(), {"sem": annotations}, config=config, **options)  # type: ignore[arg-type]
+    assert found["sem/sem/pACC"] == 0
+    source.on_bad_image = "error"
+    with pytest.raises(UserError, match=r"7\.png: has mode RGB"):
+        evaluate_detector(Zeros(), {"sem": annotations}, config=config, **options)  # type: ignore[arg-type]
 
 
 def test_heads_of_one_source_share_one_pass_and_nothing_is_disturbed(run: Path) -> None:

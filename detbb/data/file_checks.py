@@ -1,7 +1,7 @@
 """What only the image files can tell: missing and unusable ones, other sizes than annotated, images in both splits.
 
-Only headers are read, and the bytes of files of one size that are in both splits. The findings are remembered by the
-name, size and time of every file, so that only the first pass over a large set takes long.
+Only headers are read, whole masks, and the bytes of files of one size that are in both splits. The findings are
+remembered by the name, size and time of every file, so that only the first pass over a large set takes long.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from detbb.config import DataConfig
 from detbb.data.annotations import Annotations, Fault
 from detbb.data.faults import Faults
 from detbb.data.images import BadImage, image_header, safe_join
+from detbb.data.semantic import read_mask
 from detbb.files import write_atomically
 from detbb.schema import mismatch
 
-VERSION = 1  # of what is looked for; another one forgets what was found
+VERSION = 2  # of what is looked for; another one forgets what was found
 REMEMBERED_FROM_S = 1.0  # passes that took longer are remembered
 FORM = {str: {"faults": [{"kind": str, "count": int, "first": [object], "repaired": bool}], "bad": [int]}}
 THREADS = 16  # a pass waits for the disk or the network most of the time
 MISSING = "image file that is not there"
 UNREADABLE = "image file that cannot be used"
 RENAMED = "file name that is on disk in another Unicode normal form"
+TOO_LARGE = "image file of more than max_pixels"
 OTHER_SIZE = "image whose size is not what its annotations say"
 
 
@@ -91,20 +93,26 @@ def _look(source: DataConfig, annotations: Annotations, stats: np.ndarray, threa
             return (RENAMED if other is not None and other != path else MISSING), name
         try:
             header = image_header(safe_join(annotations.root, name))
-            if annotations.mask_files is not None and header == size:
-                path, header = Path(annotations.mask_files[index]), image_header(annotations.mask_files[index])
+            if header[0] * header[1] > source.max_pixels:
+                return TOO_LARGE, name
+            if header != size:
+                return OTHER_SIZE, f"{name} (file {header[1]} x {header[0]}, annotations {size[1]} x {size[0]})"
+            if annotations.mask_files is not None:
+                read_mask(annotations, index)
         except BadImage as error:
-            return UNREADABLE, f"{name} ({error.reason})"
-        if header[0] * header[1] > source.max_pixels:
-            return UNREADABLE, f"{name} (more than max_pixels: {source.max_pixels})"
-        if header != size:
-            return OTHER_SIZE, f"{path.name} (file {header[1]} x {header[0]}, annotations {size[1]} x {size[0]})"
+            return UNREADABLE, f"{name} ({'' if error.path == str(path) else 'its mask '}{error.reason})"
         return None
 
     results = list(threads.map(look, range(len(annotations))))
-    faults = Faults("", strict=False, skip_bad_images=source.on_bad_image == "skip")
-    for kind in (MISSING, RENAMED, UNREADABLE, OTHER_SIZE):
-        faults.bad_images(kind, [result[1] for result in results if result is not None and result[0] == kind])
+    faults = Faults("", strict=False)
+    skips = source.on_bad_image == "skip"
+    for kind in (MISSING, RENAMED, UNREADABLE, TOO_LARGE, OTHER_SIZE):
+        note = faults.repair if skips else faults.refuse
+        note(f"{kind}{' (replaced)' * skips}:", [what for k, what in filter(None, results) if k == kind])
+    claims = annotations.sizes.astype(np.int64).prod(axis=1) > source.max_pixels
+    wrong = [r[1] for r, claim in zip(results, claims, strict=True) if claim and r is not None and r[0] != TOO_LARGE]
+    if skips:  # what stands in would be evaluated at that size
+        faults.refuse(f"annotated size of more than max_pixels ({source.max_pixels}), and not the file's:", wrong)
     return Findings(faults.found, {index for index, result in enumerate(results) if result is not None})
 
 
@@ -148,7 +156,9 @@ def _memory(source: DataConfig, splits: Mapping[str, Annotations], stats: Mappin
     for split, a in splits.items():
         paths = "\0".join(map(os.path.abspath, _paths(a)))
         key.update(f"{split}\0{paths}".encode("utf-8", "surrogateescape"))
-        key.update(a.sizes.tobytes() + stats[split].tobytes())
+        key.update(
+            a.sizes.tobytes() + stats[split].tobytes() + (b"" if a.mask_values is None else a.mask_values.tobytes())
+        )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     return cache / "detbb" / "data" / f"{key.hexdigest()}.json"
 
