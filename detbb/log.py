@@ -230,16 +230,16 @@ def _from_before(step: int, evaluations: list[dict[str, Any]]) -> Callable[[str,
 
 
 def summary_table(metrics: Mapping[str, float], *, title: str = "") -> list[Table]:
-    """Two tables: the metrics of each branch (`<head>/<kind>/<metric>`) side by side, and those of each class."""
+    """Two tables: the metrics of each branch (`<head>/<metric>` or `<head>/<kind>/<metric>`), and of each class."""
     whole: dict[str, dict[str, float]] = {}
     classes: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
-        head, kind, metric = name.split("/", 2)
+        head, *kind, metric = name.split("/", 2)
         measure, dash, of_class = metric.partition("-")
         if dash:
-            classes.setdefault(f"{head} · {of_class}", {})[f"{kind}/{measure}"] = value
+            classes.setdefault(f"{head} · {of_class}", {})["/".join([*kind, measure])] = value
         else:
-            whole.setdefault(f"{head}/{kind}", {})[metric] = value
+            whole.setdefault("/".join([head, *kind]), {})[metric] = value
     tables = ((whole, "metrics", "branch"), (classes, "by class", "class"))
     return [_rows(rows, title=f"{title} {what}".strip(), first=first) for rows, what, first in tables if rows]
 

@@ -230,6 +230,24 @@ def test_compile_falls_back_with_one_line(monkeypatch):
     assert said == ["WARNING: train.compile: the frozen prefix runs uncompiled: RuntimeError: no compiler at all"]
 
 
+def test_many_shapes_and_phases_stay_compiled(monkeypatch, tmp_path):
+    """PyTorch compiles a function anew eight times by default, over all phases, and then raises."""
+    compile_, said, graphs = torch.compile, [], []
+    eager = lambda graph, _: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=eager))
+    torch._dynamo.reset()
+    run = training.compiled(lambda x, kind: x + len(kind), "this", said.append)
+    for number in range(1, 21):
+        assert run(torch.zeros(1), "a" * number) == number
+    assert len(graphs) == 20 and said == []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: said.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    phases = "phases=[{steps: 1, freeze: [backbone]}, {freeze: [neck]}]"
+    options = ("train.steps=2", "schedule.warmup_steps=0", "data.shapes.val=null", "train.compile=true")
+    training.train(tiny_config(tmp_path, phases, *options))
+    assert said == ["reset", "reset"]
+
+
 def test_prefix_and_trained_part_are_one_graph_each(monkeypatch):
     """So that torch.compile gets all of it, and nothing has run when it fails."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -97,10 +97,11 @@ def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_summary_shows_each_branch_and_each_class() -> None:
     metrics = {"objects/bbox/AP": 50.0, "objects/bbox/AP50": 80.04, "objects/bbox/AP-red-cell": 12.34}
-    metrics |= {"scene/sem/mIoU": 61.0, "scene/sem/IoU-sky/blue": 99.0}
+    metrics |= {"scene/sem/mIoU": 61.0, "scene/sem/IoU-sky/blue": 99.0, "count/mae": 3.0}
     console = Console(file=io.StringIO(), width=100)
     for table in summary_table(metrics, title="step 9"):
         console.print(table)
     rows = [" ".join(line.replace("│", " ").split()) for line in console.file.getvalue().splitlines()]
     assert "step 9 metrics" in rows and "objects/bbox 50.0 80.0" in rows and "scene/sem 61.0" in rows
+    assert "count 3.0" in rows
     assert "objects · red-cell 12.3" in rows and "scene · sky/blue 99.0" in rows

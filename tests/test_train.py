@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from learning import learn, make_learner, small_config, small_detector
 from runs import flat, learned, lines, load, tiny_config
 
 from detbb.checkpoint import KEYS, load_detector
+from detbb.checkpoint_folder import CheckpointFolder
 from detbb.errors import Stopped, UserError
 from detbb.evaluate import evaluate
 from detbb.freeze import FrozenTensorChanged
+from detbb.resuming import Start, enter_run_folder
 from detbb.step import NonFinite
 from detbb.train import train
 
@@ -23,6 +27,7 @@ from detbb.train import train
 training = importlib.import_module("detbb.train")
 evaluation = importlib.import_module("detbb.evaluate")
 
+SHORT = ("data.shapes.val=null", "schedule.warmup_steps=0")
 PHASES = "phases=[{steps: 3, freeze: [backbone, neck]}, {steps: 4, freeze: [backbone.stem]}, {freeze: [neck]}]"
 
 
@@ -186,6 +191,134 @@ def test_what_cannot_work_is_refused_at_the_start(tmp_path, images, options, mes
     with pytest.raises(UserError, match=message):
         train(tiny_config(tmp_path, *options, data=images))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_source_that_cannot_be_read_is_refused_at_the_start(tmp_path, images):
+    """Not when its first turn comes."""
+    source = f"data.more={{format: shapes, train: {{images: {images}, size: 24}}, augment: [{{type: NoSuchThing}}]}}"
+    head = "heads.more={type: fcos, data: more, levels: [p3, p4, p5], num_convs: 1}"
+    with pytest.raises(UserError, match=r"data\.more.*NoSuchThing"):
+        train(tiny_config(tmp_path, source, head, "data.more.weight=0.1", data=images))
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_starts_at_once_are_one_run(tmp_path):
+    config = tiny_config(tmp_path)
+    folder, start = CheckpointFolder(tmp_path / "run" / "checkpoints", 2), Start(None, [])
+    enter_run_folder(config, start, folder)
+    with pytest.raises(UserError, match="already holds a run"):
+        enter_run_folder(config, start, folder)
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_was(tmp_path, images):
+    train(tiny_config(tmp_path, *SHORT, "freeze=[neck]", "train.steps=4", data=images))
+    run, early = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_0000002.pt"
+    content = torch.load(early, weights_only=True)
+    content["optimizer"]["state"]["backbone.conv1.weight"]["momentum_buffer"] = torch.zeros(3)
+    torch.save(content, tmp_path / "state.pt")
+    content = torch.load(early, weights_only=True)
+    content["model"]["neck.output.p3.0.weight"] += 1
+    torch.save(content, tmp_path / "altered.pt")
+    cases = [
+        (early, "optimizer.type=adamw", "'adamw', the checkpoint's is 'sgd'"),
+        ("auto", "train.steps=3", "train.steps: 3, but the checkpoint is of step 4; valid is 4 or more"),
+        (tmp_path / "state.pt", "seed=0", r"state of backbone.conv1.weight has shape \(3,\)"),
+        (tmp_path / "altered.pt", "seed=0", "contradicts its own digests: neck.output.p3.0.weight"),
+        (early, "optimizer.lr_mult={neck.innr: 2.0}", "did you mean 'neck.inner'"),
+    ]
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    for resume, option, message in cases:
+        with pytest.raises(UserError, match=message):
+            train(
+                tiny_config(tmp_path, *SHORT, "freeze=[neck]", "train.steps=4", option, data=images), resume=str(resume)
+            )
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    for damage in (b"", b"[]", b'{"phases": [{"phase": "0"}]}'):
+        (run / "freeze.json").write_bytes(damage)
+        with pytest.raises(UserError, match=r"freeze\.json: not a freeze journal .* move it away"):
+            train(tiny_config(tmp_path, *SHORT, "freeze=[neck]", data=images), resume="auto")
+        assert (run / "freeze.json").read_bytes() == damage
+
+
+def proofs(folder):
+    text = " ".join((folder / "log.txt").read_text().split())
+    return re.findall(r"unchanged to the bit since (the start|step \d+) \(SHA-256, freeze.json\): (\w+) \(all", text)
+
+
+def test_what_was_frozen_late_is_not_called_unchanged_since_the_start(tmp_path, images):
+    frozen = "freeze=[backbone, neck]"
+    train(tiny_config(tmp_path, *SHORT, "train.steps=2", data=images))
+    train(tiny_config(tmp_path, *SHORT, "train.steps=4", frozen, data=images), resume="auto")
+    assert proofs(tmp_path / "run") == [("step 2", "backbone")]
+    train(tiny_config(tmp_path, *SHORT, "train.steps=2", frozen, name="rested", data=images))
+    train(tiny_config(tmp_path, *SHORT, "train.steps=4", frozen, name="rested", data=images), resume="auto")
+    assert proofs(tmp_path / "rested") == [("the start", "backbone")] * 2
+
+
+def test_without_the_journal_of_before_the_proof_begins_at_the_resume(tmp_path, images):
+    options = (*SHORT, "phases=[{steps: 2, freeze: []}, {freeze: [backbone, neck]}]", "train.steps=4")
+    train(tiny_config(tmp_path, *options, "checkpoint.every=1", data=images))
+    assert proofs(tmp_path / "run") == [("step 2", "backbone")]
+    third = tmp_path / "run" / "checkpoints" / "step_0000003.pt"
+    train(tiny_config(tmp_path, *options, name="other", data=images), resume=str(third))
+    assert proofs(tmp_path / "other") == [("step 3", "backbone")]
+    assert (tmp_path / "other" / "checkpoints" / "step_0000003.pt").samefile(third)  # a kill would not start afresh
+    (tmp_path / "run" / "freeze.json").unlink()
+    train(tiny_config(tmp_path, *options, data=images), resume=str(third))
+    assert proofs(tmp_path / "run")[1:] == [("step 3", "backbone")]
+
+
+def test_another_order_of_images_is_warned_about_at_a_resume(tmp_path, images):
+    train(tiny_config(tmp_path, *SHORT, "train.steps=2", data=images))
+    other = ("train.steps=3", "data.shapes.train.size=16", "train.batch_size=2")
+    train(tiny_config(tmp_path, *SHORT, *other, data=images), resume="auto")
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert "another order from here on: data.shapes.train 24 before, 16 now; train.batch_size 4 before, 2 now" in text
+
+
+def test_a_misspelt_best_metric_ends_the_run_at_the_first_evaluation_with_all_saved(tmp_path, images):
+    config = tiny_config(tmp_path, "eval.best=shapes/bbox/ap", "eval.every=2", "checkpoint.every=5", data=images)
+    with pytest.raises(UserError, match=r"eval.best: 'shapes/bbox/ap' .* did you mean 'shapes/bbox/AP'"):
+        train(config)
+    assert load(tmp_path / "run")["step"] == 2
+
+
+def test_best_follows_one_kind_of_weights_over_a_resume_and_is_a_verified_checkpoint(monkeypatch, tmp_path, images):
+    def measured(*_, output_dir, weights, **__):
+        return {"shapes/bbox/AP": 99.0 if weights == "model" else float(output_dir.name.split("_")[1])}
+
+    monkeypatch.setattr(importlib.import_module("detbb.run"), "evaluate_detector", measured)
+    options = ("eval.weights=both", "eval.every=1", "checkpoint.every=8", "schedule.warmup_steps=0", "freeze=[neck]")
+    train(tiny_config(tmp_path, *options, "train.steps=2", data=images))
+    train(tiny_config(tmp_path, *options, "train.steps=3", data=images), resume="auto")
+    assert load(tmp_path / "run", "best")["step"] == 3
+    phases = json.loads((tmp_path / "run" / "freeze.json").read_text())["phases"]
+    assert [p["verified"] for p in phases] == [[1, 2, 3]]
+
+
+def test_a_mask_of_infinities_is_no_fault_and_has_no_average(monkeypatch, tmp_path, images):
+    build = training.setup.build_detector
+
+    def with_mask(*args):
+        detector = build(*args)
+        detector.heads["shapes"].register_buffer("mask", torch.full((2,), float("-inf")))
+        return detector
+
+    monkeypatch.setattr(training.setup, "build_detector", with_mask)
+    train(tiny_config(tmp_path, *SHORT, "train.steps=2", data=images))
+    content = load(tmp_path / "run")
+    assert "heads.shapes.mask" in content["model"] and "heads.shapes.mask" not in content["ema"]["tensors"]
+    assert "backbone.bn1.running_mean" in content["ema"]["tensors"]
+
+
+def test_a_source_that_seldom_has_its_turn_is_waited_for():
+    said = []
+    learner = make_learner(small_config(), small_detector(small_config()), [])
+    run = SimpleNamespace(learner=learner, log=SimpleNamespace(info=said.append), journal=SimpleNamespace(find=len))
+    name = "backbone.conv1.weight"
+    assert training.check_gradients(run, {name}, {"often": 40, "seldom": 9}) == {name} and not said
+    assert training.check_gradients(run, {name}, {"often": 41, "seldom": 10}) == set()
+    assert said == [f"WARNING: trained but without a gradient in the first 51 steps: {name}"]
 
 
 def test_a_random_part_that_is_trained_later_is_only_warned_about(tmp_path, images):
