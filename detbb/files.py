@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -149,9 +150,9 @@ def load_tensors(path: Path) -> Any:
     except BadFile:
         raise
     except pickle.UnpicklingError as error:
-        raise BadFile(
-            f"{path}: holds objects other than tensors, or is not a PyTorch file ({_first_line(error)})"
-        ) from error
+        what = re.search(r"GLOBAL ([\w.]+)", str(error))  # the rest of torch's text is advice to switch this check off
+        why = f" ({what[1]})" if what else ", or is not a PyTorch file"
+        raise BadFile(f"{path}: holds objects other than tensors{why}") from error
     except Exception as error:  # torch's reader raises anything on bytes that it does not expect
         raise BadFile(f"{path}: cannot be read ({type(error).__name__}: {_first_line(error)})") from error
 

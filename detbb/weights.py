@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import torchvision
@@ -22,7 +25,7 @@ LEAST_SHARE = 0.9
 KINDS = ("loaded", "missing", "wrong shape", "unexpected", "not used")
 
 # Dicts and prefixes that checkpoints wrap a backbone in, outermost first.
-WRAPPERS = ("model", "state_dict", "model_state_dict")
+WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")
 PREFIXES = ("_orig_mod.", "module.", "model.", "encoder_q.", "backbone.", "bottom_up.", "body.")
 
 # Detectron2's MSRA models are Caffe2's: R-50.pkl holds names such as res2_0_branch2a_bn_s.
@@ -48,11 +51,21 @@ DETECTRON2 = (
 )
 Renames = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
-CONVERT_PICKLE = (
-    "weights are read without running code, and a pickle can run any; if you trust it, convert it once: python -c "
-    "\"import pickle,torch; d=pickle.load(open('IN.pkl','rb'),encoding='latin1'); d=d.get('model',d.get('blobs',d)); "
-    "torch.save({k:torch.as_tensor(v) for k,v in d.items() if not isinstance(v,str)},'OUT.pth')\""
+CONVERT = (
+    "; weights are read without running code, and a pickle can run any; if you trust it, convert it once: python -c "
+    "\"import pickle,torch; d={load}; d=d.get('model',d.get('state_dict',d.get('blobs',d))); "
+    "torch.save({{k:torch.as_tensor(v) for k,v in d.items() if hasattr(v,'dtype')}},'OUT.pth')\""
 )
+LOAD_PICKLE = "pickle.load(open('IN','rb'),encoding='latin1')"
+LOAD_TORCH = "torch.load('IN',map_location='cpu',weights_only=False)"
+ARRAYS = {  # all that a pickle of NumPy arrays names
+    ("_codecs", "encode"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
+}
 
 
 @dataclass
@@ -142,8 +155,11 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
     except BadFile as error:
-        hint = f"; {CONVERT_PICKLE}" if "other than tensors" in str(error) else ""
-        raise UserError(f"backbone.weights: {error}{hint}") from error
+        pickled = path.suffix == ".pkl" and not zipfile.is_zipfile(path)
+        content = _read_arrays(path) if pickled else None
+        if content is None:
+            hint = CONVERT.format(load=LOAD_PICKLE if pickled else LOAD_TORCH) if "other than" in str(error) else ""
+            raise UserError(f"backbone.weights: {error}{hint}") from error
     except SafetensorError as error:
         raise UserError(f"backbone.weights: {path}: not a whole safetensors file ({error})") from error
     if not isinstance(content, dict):
@@ -151,6 +167,33 @@ def read_tensors(path: Path) -> dict[str, Any]:
             f"backbone.weights: {path} holds a {type(content).__name__}; valid is a dict of tensors by name"
         )
     return content
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads NumPy arrays in plain containers, as in Detectron2's .pkl; what names anything else is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy.core.", "numpy._core.")  # NumPy 1's name
+        if (module, name) not in ARRAYS:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_arrays(path: Path) -> Any:
+    """What a pickle of NumPy arrays holds, as tensors; None if it holds anything else."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: convert(item) for name, item in value.items()}
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+        return value
+
+    try:
+        with path.open("rb") as file:
+            return convert(_ArraysOnly(file, encoding="latin1").load())
+    except Exception:  # bytes that are no pickle raise anything
+        return None
 
 
 def to_torchvision(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:

@@ -641,6 +641,12 @@ FILE_FAULTS = [
         lambda f: f.with_("model/backbone.x.weight", torch.zeros(2)),
     ),
     FileFault("pickle that runs a command", "weights", CODE, lambda f: f.pickle(Evil(f.sentinel), "x.pkl")),
+    FileFault(
+        "pickle of NumPy arrays that runs a command",
+        "weights",
+        CODE,
+        lambda f: f.pickle({"a": np.ones(2), "b": Evil(f.sentinel)}, "x.pkl"),
+    ),
     FileFault("PyTorch file that runs a command", "weights", CODE, lambda f: f.save({"a": Evil(f.sentinel)}, "x.pth")),
     FileFault("safetensors cut in half", "weights", "not a whole safetensors file", _cut_safetensors),
     FileFault("safetensors with a header of a terabyte", "weights", "not a whole safetensors file", _huge_header),

@@ -7,6 +7,7 @@ import re
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -208,17 +209,33 @@ def test_code_in_a_file_does_not_run_and_the_error_says_how_to_convert(tmp_path,
     assert not trace.exists() and "\n" not in str(error.value)
 
 
-def test_the_conversion_line_of_the_error_works(model, tmp_path):
-    content = {"model": {k: v.numpy() for k, v in detectron2(model).items()}, "__author__": "x"}
-    path = tmp_path / "IN.pkl"
-    path.write_bytes(pickle.dumps(content, protocol=2))
+def test_a_pickle_of_arrays_as_detectron2_has_them_loads(model, tmp_path):
+    arrays = {k: v.numpy() for k, v in detectron2(model).items()}
+    for number, wrapper in enumerate(("model", "blobs")):
+        for protocol in (2, 4, 5):
+            content = {wrapper: arrays, "__author__": "x", "number": np.float32(1)}
+            path = tmp_path / f"{protocol}{number}.pkl"
+            path.write_bytes(pickle.dumps(content, protocol).replace(b"cnumpy._core.", b"cnumpy.core."))
+            backbone = fresh()
+            load_backbone_weights(backbone, str(path))
+            assert_holds(backbone, model, counters=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("IN.pkl", lambda content, path: path.write_bytes(pickle.dumps(content, 2))), ("IN.pth", torch.save)],
+)
+def test_the_conversion_line_of_the_error_works(model, tmp_path, name, write):
+    path = tmp_path / name
+    write({"model": {k: v.numpy() for k, v in detectron2(model).items()}, "made_in": Path("x")}, path)
     with pytest.raises(UserError) as error:
         load_backbone_weights(fresh(), str(path))
     line = re.search(r'python -c "(.*)"', str(error.value))[1]
-    exec(line.replace("IN.pkl", str(path)).replace("OUT.pth", str(tmp_path / "OUT.pth")), {})
+    exec(line.replace("'IN'", repr(str(path))).replace("OUT.pth", str(tmp_path / "OUT.pth")), {})
     backbone = fresh()
     load_backbone_weights(backbone, str(tmp_path / "OUT.pth"))
     assert_holds(backbone, model, counters=False)
+    assert "PyTorch 2.6" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_damaged_files_are_refused_in_one_line(tmp_path):
