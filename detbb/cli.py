@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import runpy
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from detbb.errors import PeerLost, Stopped, UserError, tell_torchrun
@@ -64,6 +66,19 @@ def run(main: Callable[[], object]) -> NoReturn:
         _fail(error, f"error: {error}", 1)
     except Exception as error:
         _fail(error, traceback.format_exc().rstrip(), 1)
+    sys.exit(0)
+
+
+def command() -> NoReturn:
+    """`detbb train …` is `python tools/train.py …`: for where the package is installed and the repository is not."""
+    root = Path(__file__).resolve().parents[1]
+    folder = root / "detbb_tools" if (root / "detbb_tools").is_dir() else root / "tools"  # an editable installation's
+    tools = {path.stem: path for path in sorted(folder.glob("*.py"))}
+    if len(sys.argv) < 2 or sys.argv[1] not in tools:
+        print(f"error: usage: detbb {{{','.join(tools)}}} ..., each with --help", file=sys.stderr)
+        sys.exit(2)
+    sys.argv[:2] = [str(tools[sys.argv[1]])]
+    runpy.run_path(sys.argv[0], run_name="__main__")
     sys.exit(0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -357,6 +358,24 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(file: Path):
         done = train_command(*arguments)
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_installed_command_runs_the_tools(tmp_path: Path, installed: bool):
+    """As a wheel lays them out (pyproject.toml: force-include), and as an editable installation does."""
+    path = REPOSITORY
+    if installed:
+        path = tmp_path
+        shutil.copytree(REPOSITORY / "tools", path / "detbb_tools")
+        (path / "detbb_tools" / "train.py").write_text("print('its own')")
+    code = f"import sys, detbb.cli; detbb.cli.__file__ = {str(path / 'detbb' / 'cli.py')!r}; detbb.cli.command()"
+    for arguments, code_of, said in (
+        (["train", "--help"], 0, "its own" if installed else "usage: train.py"),
+        (["eval", "nope.pt"], 2, "error: checkpoint nope.pt: no such file"),
+        (["trian"], 2, "error: usage: detbb {check_data,checkpoint,eval,export,predict,train}"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=REPOSITORY)
+        assert done.returncode == code_of and (done.stdout + done.stderr).startswith(said), done.stderr
 
 
 @pytest.mark.parametrize("tool", sorted((REPOSITORY / "tools").glob("*.py")), ids=lambda p: p.name)

@@ -69,6 +69,11 @@ def test_links_of_a_page_lead_somewhere(path: Path):
             assert (path.parent / target.partition("#")[0]).exists(), target
 
 
+def test_every_page_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\(docs/([\w.]+)", (REPOSITORY / "README.md").read_text()))
+    assert {path.name for path in (REPOSITORY / "docs").glob("*.md")} <= linked
+
+
 def test_example_of_a_page_is_the_example_file():
     written = yaml.safe_load((REPOSITORY / "examples" / "counting.yaml").read_text())
     assert any(yaml.safe_load(block.values[0]) == written for block in BLOCKS)
