@@ -17,6 +17,7 @@ ARCHS = tuple(
     for name in torchvision.models.list_models(torchvision.models)
     if name.startswith(("resnet", "resnext", "wide_resnet"))
 )
+STEM = ("conv1", "bn1")  # what the name `backbone.stem` stands for
 STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 
 
@@ -38,7 +39,7 @@ class Backbone(nn.Module):
         self.out = tuple(name for name in STRIDES if name in out)
         layers = tuple(STRIDES)[: tuple(STRIDES).index(self.out[-1]) + 1]
         self.stages = ("stem", *layers)
-        for name in ("conv1", "bn1", "relu", "maxpool", *layers):
+        for name in (*STEM, "relu", "maxpool", *layers):
             self.add_module(name, resnet.get_submodule(name))
         self.channels = {name: _out_channels(self.get_submodule(name)) for name in self.out}
         self.strides = {name: STRIDES[name] for name in self.out}
@@ -58,13 +59,14 @@ class Backbone(nn.Module):
 
     def run_stage(self, stage: str, x: Tensor) -> Tensor:
         """The output of one of `stages`, given that of the stage before."""
-        for name in ("conv1", "bn1", "relu", "maxpool") if stage == "stem" else (stage,):
-            x = self.get_submodule(name)(x)
+        for module in self.stage_modules(stage):
+            x = module(x)
         return x
 
-    def stem_modules(self) -> list[nn.Module]:
-        """What the name `backbone.stem` stands for in `freeze`: conv1 and bn1."""
-        return [self.get_submodule("conv1"), self.get_submodule("bn1")]
+    def stage_modules(self, stage: str) -> list[nn.Module]:
+        """What runs as one of `stages`, in order."""
+        names = (*STEM, "relu", "maxpool") if stage == "stem" else (stage,)
+        return [self.get_submodule(name) for name in names]
 
 
 class C4Head(nn.Sequential):

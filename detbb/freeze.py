@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from detbb.backbone import STEM
 from detbb.errors import UserError
 from detbb.norm import FrozenBatchNorm2d, has_running_stats, is_norm, norm_modules
 
@@ -45,7 +46,7 @@ def resolve(detector: Detector, name: str, *, key: str = "freeze") -> list[tuple
     Raises: UserError: no such submodule; lists the valid ones.
     """
     if name == "backbone.stem":
-        return [(f"backbone.{n}", detector.backbone.get_submodule(n)) for n in ("conv1", "bn1")]
+        return [(f"backbone.{n}", detector.backbone.get_submodule(n)) for n in STEM]
     modules = dict(detector.named_modules())
     if name and name in modules:
         return [(name, modules[name])]

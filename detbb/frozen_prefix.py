@@ -30,8 +30,7 @@ def last_frozen(detector: Detector) -> str | None:
     """
     backbone, last = detector.backbone, None
     for stage in backbone.stages:
-        modules = backbone.stem_modules() if stage == "stem" else [backbone.get_submodule(stage)]
-        if not all(map(_rests, modules)):
+        if not all(map(_rests, backbone.stage_modules(stage))):
             return last
         last = stage
     return "neck" if _rests(detector.neck) else last
@@ -53,7 +52,9 @@ class FrozenPrefix:
         self._detector = detector
         self._autocast = AUTOCAST.get(config.precision)
         stages = detector.backbone.stages
-        self._stages = {name: _stage(detector, name) for name in stages[: _position(stages, after)]}
+        self._stages = {
+            name: nn.Sequential(*detector.backbone.stage_modules(name)) for name in stages[: _position(stages, after)]
+        }
         self._neck = detector.neck if after == "neck" else None
         if config.fold_frozen == "auto":
             dtype = self._autocast or detector.pixel_mean.dtype
@@ -154,12 +155,6 @@ def _rests(part: nn.Module) -> bool:
 
 def _position(stages: tuple[str, ...], after: str) -> int:
     return len(stages) if after == "neck" else stages.index(after) + 1
-
-
-def _stage(detector: Detector, name: str) -> nn.Module:
-    if name != "stem":
-        return detector.backbone.get_submodule(name)
-    return nn.Sequential(*(detector.backbone.get_submodule(n) for n in ("conv1", "bn1", "relu", "maxpool")))
 
 
 @torch.no_grad()

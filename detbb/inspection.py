@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from detbb import freeze
+from detbb.backbone import STEM
 from detbb.branches import read_branch, some
 from detbb.checkpoint import evaluated_state, open_checkpoint
 from detbb.errors import UserError
@@ -152,7 +153,7 @@ def _parts(content: Mapping[str, Any], tensors: Mapping[str, Any], classes: Mapp
 def _module(tensor: str) -> str:
     """The part of the freeze report that a tensor belongs to."""
     first, second, *_ = tensor.split(".")
-    if first == "backbone" and second in ("conv1", "bn1"):
+    if first == "backbone" and second in STEM:
         return "backbone.stem"
     return first if first == "neck" else f"{first}.{second}"
 

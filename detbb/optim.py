@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from detbb.backbone import STEM
 from detbb.config import OptimizerConfig, ScheduleConfig
 from detbb.errors import UserError
 from detbb.norm import is_norm
@@ -35,9 +36,8 @@ def lr_factor(step: int, schedule: ScheduleConfig, total_steps: int) -> float:
 
 def lr_multiplier(name: str, lr_mult: Mapping[str, float]) -> float:
     """The factor of the longest submodule name in `lr_mult` that holds parameter `name`."""
-    # `backbone.stem` is a name for conv1 and bn1, see freeze.resolve
     spelled = [name]
-    if name.startswith(("backbone.conv1.", "backbone.bn1.")):
+    if name.startswith(tuple(f"backbone.{module}." for module in STEM)):
         spelled.append(name.replace("backbone.", "backbone.stem.", 1))
     matches = [key for key in lr_mult if any(s == key or s.startswith(key + ".") for s in spelled)]
     return lr_mult[max(matches, key=len)] if matches else 1.0

@@ -9,15 +9,15 @@ from typing import Any, Self
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGINT only set `received`; a second signal ends the process at once.
+    """While entered, SIGTERM and SIGINT only make a call give it; a second signal ends the process at once.
 
     Not so under torchrun: what a scheduler sent to everybody, torchrun passes on once more, so the second is the same.
 
-    The loop reads `received` at step boundaries, agrees on it over ranks, saves, and leaves.
+    The loop asks at step boundaries, agrees on the answer over ranks, saves, and leaves.
     """
 
     def __init__(self) -> None:
-        self.received = 0  # the signal's number
+        self._received = 0  # the signal's number
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -31,9 +31,9 @@ class StopSignals:
 
     def __call__(self) -> int:
         """The signal that came, or 0."""
-        return self.received
+        return self._received
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.received and "TORCHELASTIC_RUN_ID" not in os.environ:
+        if self._received and "TORCHELASTIC_RUN_ID" not in os.environ:
             os._exit(128 + number)
-        self.received = number
+        self._received = number

@@ -67,10 +67,10 @@ def test_the_prefix_ends_before_the_first_trained_part(frozen, last):
 def test_statistics_that_move_end_the_prefix():
     """Constant weights alone are not enough: BN in train mode is another function, and its statistics must move."""
     detector = detector_with([])
-    for part in (*detector.backbone.stem_modules(), detector.backbone.layer1):
+    for part in (*detector.backbone.stage_modules("stem"), detector.backbone.layer1):
         part.requires_grad_(False)
     assert last_frozen(detector) is None
-    for part in (*detector.backbone.stem_modules(), detector.backbone.layer1):
+    for part in (*detector.backbone.stage_modules("stem"), detector.backbone.layer1):
         part.eval()
     assert last_frozen(detector) == "layer1"
 
