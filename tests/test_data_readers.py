@@ -370,3 +370,34 @@ def test_real_coco_reads_as_pycocotools_does(data_folder: Callable[[str], Path])
             assert [a["id"] for a in truth] == data.object_ids[data.rows(i)].tolist()
             assert [a["bbox"] for a in truth] == data.boxes_xywh[data.rows(i)].tolist()
             assert [bool(a["iscrowd"]) for a in truth] == data.crowd[data.rows(i)].tolist()
+
+
+def everything(data: Annotations) -> dict[str, Any]:
+    masks = [data.segments.coco(row) for row in range(len(data.labels))] if data.segments is not None else []
+    arrays = {n: v.tolist() for n, v in vars(data).items() if isinstance(v, np.ndarray)}
+    return arrays | {"files": list(data.file_names), "masks": masks, "faults": data.faults}
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_runs_of_objects_on_several_processes_are_the_file_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    polygon, square = [1.5, 2, 9, 2, 9, 12.25], {"size": [30, 40], "counts": [600, 5, 595]}
+    shapes: list[Any] = [[polygon], None, square, [polygon, polygon[::-1]], [], [polygon[:4]], [polygon]]
+    rows = [box(20 - k, 7 * (k % 2), [k, 1, 5, 5.5], segmentation=s) for k, s in enumerate(shapes)]
+    rows[2]["image_id"] = 7
+    wrong = [
+        box(30, 7, [1, 1, 2, 2], segmentation=[[1, 2, 3]]),
+        box(31, 7, [1, 1, 2, 2], segmentation=square | {"size": [1, 1]}),
+    ]
+    at_once = everything(read(tmp_path, rows))
+    monkeypatch.setattr("detbb.data.coco_file.AT_ONCE", 2)
+    monkeypatch.setattr("detbb.data.coco.LEAST_RUNS", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    assert everything(read(tmp_path, rows)) == at_once and len(at_once["masks"]) == 7
+    with pytest.raises(UserError, match=r"2 x segmentation with an odd .* annotation ids 30, 31"):
+        read(tmp_path, [*rows, *wrong])
+    with pytest.raises(UserError, match=r"Expected `array` of length 4, got 3 - at `\$\.annotations\[6\]\.bbox`"):
+        read(tmp_path, [*rows[:6], rows[6] | {"bbox": [1, 2, 3]}])
+    with pytest.raises(UserError, match=r"1 x box that is not finite .* annotation ids 99"):
+        read(tmp_path, [*rows, box(99, 7, [1, float("nan"), 2, 2])])

@@ -6,9 +6,10 @@ pages stay shared and memory does not grow with the number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -39,52 +40,85 @@ class Segments:
     """The masks of M objects: each a list of polygons, or one run-length code (COCO's compressed string form).
 
     `polygons(i)` gives float64 arrays (points, 2) of x, y in original pixels; `rle(i)` gives
-    `(height, width, counts)` or None.
+    `(height, width, counts)` or None. `wrong`: objects whose mask is left out, since a polygon has half a point, or a
+    code does not cover its image.
     """
 
-    def __init__(self, items: Iterable[list[list[float]] | dict | None]) -> None:
-        """`items`: one COCO `segmentation` each: a list of flat polygons, an RLE dict, or None."""
-        polygons: list[list[float]] = []
-        polygon_count: list[int] = []
-        rles: dict[int, tuple[int, int, bytes]] = {}
-        for index, item in enumerate(items):
-            before = len(polygons)
-            if isinstance(item, dict):
-                rles[index] = _compressed_rle(item)
-            elif item:
-                for polygon in item:
-                    if len(polygon) >= 6:
-                        polygons.append(polygon)
-            polygon_count.append(len(polygons) - before)
+    def __init__(self, items: Iterable[list[list[float]] | dict | None], sizes: np.ndarray | None = None) -> None:
+        """`items`: one COCO `segmentation` each: a list of flat polygons, an RLE dict, or None.
+
+        `sizes`: (M, 2) height, width of their images; without, run-length codes are taken as they are.
+        """
+        items = list(items)
+        coded = [row for row, item in enumerate(items) if type(item) is dict]
+        unfit = [row for row in coded if sizes is not None and not rle_fits(items[row], *sizes[row].tolist())]  # type: ignore[arg-type]
+        rles = {row: _compressed_rle(items[row]) for row in coded if row not in unfit}  # type: ignore[arg-type]
+        lists = [item if type(item) is list else [] for item in items]
+        polygons = list(chain.from_iterable(lists))
         lengths = np.fromiter(map(len, polygons), np.int64, len(polygons))
+        owners = np.repeat(np.arange(len(items)), np.fromiter(map(len, lists), np.int64, len(lists)))
+        self.wrong = np.union1d(unfit, owners[lengths % 2 == 1]).astype(np.int64)
+        areas = lengths >= 6
+        if not areas.all():
+            polygons, lengths, owners = list(compress(polygons, areas)), lengths[areas], owners[areas]
         self._xy = np.fromiter(chain.from_iterable(polygons), np.float64, int(lengths.sum()))
         self._polygon_first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self._first = np.concatenate([[0], np.cumsum(polygon_count, dtype=np.int64)]).astype(np.int64)
+        self._first = np.searchsorted(owners, np.arange(len(items) + 1)).astype(np.int64)
         self._rle_rows = np.array(list(rles), dtype=np.int64)
         self._rle_hw = np.array([r[:2] for r in rles.values()], dtype=np.int64).reshape(-1, 2)
         self._rle_counts = PackedStrings(r[2].decode("ascii") for r in rles.values())
+        self._rows = np.arange(len(items))  # where each object is in the arrays above
+
+    @staticmethod
+    def join(parts: Sequence[Segments]) -> Segments:
+        """The objects of all parts in their order."""
+        whole = Segments([])
+        rows = np.cumsum([0] + [len(part._first) - 1 for part in parts])
+        polygons = np.cumsum([0] + [len(part._polygon_first) - 1 for part in parts])
+        numbers = np.cumsum([0] + [len(part._xy) for part in parts])
+
+        def shifted(arrays: Iterable[np.ndarray], by: np.ndarray) -> np.ndarray:
+            return np.concatenate([array + offset for array, offset in zip(arrays, by.tolist(), strict=False)])
+
+        whole._xy = np.concatenate([part._xy for part in parts])
+        whole._polygon_first = np.append(shifted((part._polygon_first[:-1] for part in parts), numbers), numbers[-1])
+        whole._first = np.append(shifted((part._first[:-1] for part in parts), polygons), polygons[-1])
+        whole._rle_hw = np.concatenate([part._rle_hw for part in parts])
+        whole._rle_rows = shifted((part._rle_rows for part in parts), rows)
+        whole._rle_counts = PackedStrings(chain.from_iterable(part._rle_counts for part in parts))
+        whole._rows, whole.wrong = (shifted((getattr(p, name) for p in parts), rows) for name in ("_rows", "wrong"))
+        return whole
+
+    def take(self, rows: np.ndarray) -> Segments:
+        """These objects, sharing the arrays."""
+        taken = copy.copy(self)
+        taken._rows, taken.wrong = self._rows[rows], np.flatnonzero(np.isin(rows, self.wrong))
+        return taken
 
     def __len__(self) -> int:
-        return len(self._first) - 1
+        return len(self._rows)
 
     def polygons(self, index: int) -> list[np.ndarray]:
+        row = self._rows[index]
         return [
             self._xy[self._polygon_first[p] : self._polygon_first[p + 1]].reshape(-1, 2)
-            for p in range(self._first[index], self._first[index + 1])
+            for p in range(self._first[row], self._first[row + 1])
         ]
 
     def rle(self, index: int) -> tuple[int, int, bytes] | None:
-        row = int(np.searchsorted(self._rle_rows, index))
-        if row == len(self._rle_rows) or self._rle_rows[row] != index:
+        place = int(np.searchsorted(self._rle_rows, self._rows[index]))
+        if place == len(self._rle_rows) or self._rle_rows[place] != self._rows[index]:
             return None
-        height, width = self._rle_hw[row].tolist()
-        return height, width, self._rle_counts[row].encode("ascii")
+        height, width = self._rle_hw[place].tolist()
+        return height, width, self._rle_counts[place].encode("ascii")
 
     def beyond(self, limit: float) -> np.ndarray:
         """Indices of the objects with a polygon coordinate not finite, or further than `limit` from 0."""
+        if not len(self._xy) or (-limit <= self._xy.min() and self._xy.max() <= limit):  # not so where there is a NaN
+            return np.zeros(0, dtype=np.int64)
         numbers = np.flatnonzero(~(np.abs(self._xy) <= limit))
         polygons = np.searchsorted(self._polygon_first, numbers, side="right") - 1
-        return np.unique(np.searchsorted(self._first, polygons, side="right") - 1)
+        return np.flatnonzero(np.isin(self._rows, np.searchsorted(self._first, polygons, side="right") - 1))
 
     def coco(self, index: int) -> list[list[float]] | dict:
         """The object's COCO `segmentation`, as the evaluators read it."""

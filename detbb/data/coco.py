@@ -3,60 +3,42 @@
 from __future__ import annotations
 
 import gc
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
-from detbb.data.annotations import Annotations, PackedStrings
+from detbb.data.annotations import Annotations, PackedStrings, Segments
+from detbb.data.coco_file import Category, CocoFile, Image, Object
 from detbb.data.faults import FARTHEST, Faults, Rows, arrange, choose_classes
-from detbb.data.images import BadImage, image_header, name_fault, read_bytes, safe_join
+from detbb.data.images import BadImage, image_header, name_fault, safe_join
+from detbb.data.spread import spread
 from detbb.errors import UserError
 
-Id = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]  # leaves room for new ones
-OwnId = Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # what engines of evaluation take
+LEAST_RUNS = 8  # of objects, for a process to be worth its start
+_FIELDS = attrgetter(*Object.__struct_fields__)
+_NO_BOX = (np.nan,) * 4
 _SIDE = re.compile(r"left|right|(?<![^\W_])[lr](?![^\W_])")
 _OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
-class _Image(msgspec.Struct, gc=False):
-    id: OwnId
-    file_name: str
-    width: float = 0
-    height: float = 0
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Millions of new objects and no cycles: the collector would search through them again and again, for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
-class _Category(msgspec.Struct, gc=False):
-    id: OwnId
-    name: str
-    keypoints: list[str] = []
-
-
-class _Object(msgspec.Struct, gc=False):
-    image_id: Id
-    category_id: Id
-    id: Id | None = 0
-    bbox: tuple[float, float, float, float] | None = None
-    area: float | None = None
-    iscrowd: int | bool | None = None
-    segmentation: list[list[float]] | dict[str, Any] | None = None
-    keypoints: list[float] | None = None
-
-
-class CocoFile(msgspec.Struct, gc=False):
-    """The parts of a COCO file that are read; anything else in it is passed over."""
-
-    images: list[_Image]
-    annotations: list[_Object]
-    categories: list[_Category]
-
-
+@_no_garbage_collection()  # around the function, so that its objects are gone when collecting goes on
 def read_coco(
     images: Path,
     annotations: Path,
@@ -72,21 +54,17 @@ def read_coco(
     around its image. Raises UserError for what cannot be repaired, with the first ids, unless `faults` is not strict.
     """
     faults = faults or Faults(annotations)
-    with _no_garbage_collection():
-        file = parse_coco(annotations)
-        faults.refuse("category id used twice:", _repeated([c.id for c in file.categories]))
-        categories = sorted({c.id: c for c in reversed(file.categories)}.values(), key=lambda c: c.id)
-        names = choose_classes([c.name for c in categories], classes, faults, exact=exact)
-        category_ids = _category_ids(categories, names)
-        used, sizes = _usable_images(images, file.images, faults)
-        image_ids = np.array([i.id for i in used], dtype=np.int64)
-        keypoint_names = _keypoint_names(categories, names, annotations)
-        objects, rows = _rows(file, image_ids, sizes, category_ids, faults)
-        if keypoint_names and any(o.keypoints for o in file.annotations):
-            rows.keypoints = _keypoints(objects, rows, len(keypoint_names), faults)
-        else:
-            keypoint_names = ()
-        fields = arrange(rows, sizes, faults)
+    file = CocoFile(annotations)
+    faults.refuse("category id used twice:", _repeated([c.id for c in file.categories]))
+    categories = sorted({c.id: c for c in reversed(file.categories)}.values(), key=lambda c: c.id)
+    names = choose_classes([c.name for c in categories], classes, faults, exact=exact)
+    category_ids = _category_ids(categories, names)
+    used, sizes = _usable_images(images, file.images, faults)
+    image_ids = np.array([i.id for i in used], dtype=np.int64)
+    keypoint_names = _keypoint_names(categories, names, annotations)
+    rows = _rows(file, _Images(image_ids, sizes), category_ids, len(keypoint_names), faults)
+    keypoint_names = keypoint_names if rows.keypoints is not None else ()
+    fields = arrange(rows, sizes, faults)
     return Annotations(
         root=images,
         classes=names,
@@ -101,22 +79,6 @@ def read_coco(
     )
 
 
-def parse_coco(path: Path) -> CocoFile:
-    """The file's contents with every type checked. Raises UserError with the place in the file."""
-    data = read_bytes(path)
-    try:
-        return msgspec.json.decode(data, type=CocoFile)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as first:
-        try:  # Python's reader also takes NaN and Infinity, which deserve an error with their ids
-            file = msgspec.convert(json.loads(data), CocoFile)
-            msgspec.json.encode(file)  # it also takes lone surrogates, which are no text
-            return file
-        except msgspec.ValidationError as e:
-            raise UserError(f"{path}: is not a COCO file: {e}") from None
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}: is not a COCO file: {first}") from None
-
-
 def flip_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """Pairs of keypoints whose names differ in left and right alone, or in the words l and r; the case is no matter."""
     rows = {n.casefold(): i for i, n in enumerate(names)}
@@ -124,19 +86,7 @@ def flip_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     return tuple(sorted((a, b) for a, b in pairs if a < b))
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Millions of new objects and no cycles: the collector would only search through them again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _category_ids(categories: list[_Category], names: Sequence[str]) -> np.ndarray:
+def _category_ids(categories: list[Category], names: Sequence[str]) -> np.ndarray:
     """The id of each class; a new one for a class that the file lacks."""
     ids: dict[str, int] = {}
     for category in categories:
@@ -146,7 +96,7 @@ def _category_ids(categories: list[_Category], names: Sequence[str]) -> np.ndarr
     return np.array([ids[name] for name in names], dtype=np.int64)
 
 
-def _usable_images(root: Path, images: list[_Image], faults: Faults) -> tuple[list[_Image], np.ndarray]:
+def _usable_images(root: Path, images: list[Image], faults: Faults) -> tuple[list[Image], np.ndarray]:
     """The images that can be used, and their (height, width)."""
     outside = [i for i in images if name_fault(i.file_name)]
     faults.refuse("file name that leaves the image folder, image ids", [i.id for i in outside])
@@ -175,39 +125,86 @@ def _usable_images(root: Path, images: list[_Image], faults: Faults) -> tuple[li
     return [i for i, w in zip(used, wrong.tolist(), strict=True) if not w], sizes[~wrong].astype(np.int32)
 
 
-def _rows(
-    file: CocoFile, image_ids: np.ndarray, sizes: np.ndarray, category_ids: np.ndarray, faults: Faults
-) -> tuple[list[_Object], Rows]:
-    """The objects of images that can be used."""
-    ids = np.fromiter((o.id or 0 for o in file.annotations), np.int64, len(file.annotations))
-    images = np.fromiter((o.image_id for o in file.annotations), np.int64, len(ids))
-    categories = np.fromiter((o.category_id for o in file.annotations), np.int64, len(ids))
-    known_image = _lookup(np.array([i.id for i in file.images], dtype=np.int64), images)[1]
+class _Images(NamedTuple):
+    """Those that can be used."""
+
+    ids: np.ndarray
+    sizes: np.ndarray  # (N, 2) height, width
+
+    def sizes_of(self, ids: np.ndarray) -> np.ndarray:
+        """(M, 2); 0 x 0 for an unknown image."""
+        index, known = _lookup(self.ids, ids)
+        return self.sizes[index] * known[:, None] if len(self.ids) else np.zeros((len(ids), 2), dtype=np.int32)
+
+
+def _rows(file: CocoFile, images: _Images, category_ids: np.ndarray, points: int, faults: Faults) -> Rows:
+    """The objects of images that can be used, with `points` keypoints each."""
+    parts = spread(lambda start: _columns(file.objects(start), images, points), file.starts, least=LEAST_RUNS)
+    all_segments = Segments.join([part.pop("segments") for part in parts])
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    ids = columns["id"]
+    known_image = _lookup(np.array([i.id for i in file.images], dtype=np.int64), columns["image"])[1]
     faults.refuse("annotation of an unknown image, annotation ids", ids[~known_image])
-    known_category = _lookup(np.array([c.id for c in file.categories], dtype=np.int64), categories)[1]
+    known_category = _lookup(np.array([c.id for c in file.categories], dtype=np.int64), columns["category"])[1]
     faults.refuse("annotation of an unknown category, annotation ids", ids[~known_category])
-    bare = np.fromiter((o.bbox is None for o in file.annotations), bool, len(ids))
+    bare = columns["bare"]
     if not bare.all():
         faults.refuse("annotation without a bbox, annotation ids", ids[bare])
-    image, used = _lookup(image_ids, images)
+    image, used = _lookup(images.ids, columns["image"])
     used &= known_category & (~bare | bare.all())
-    objects = [file.annotations[k] for k in np.flatnonzero(used)]
-    image, count = image[used], len(objects)
-    label, wanted = _lookup(category_ids, categories[used])
-    faults.repair("missing iscrowd (taken as 0), annotation ids", [o.id for o in objects if o.iscrowd is None])
+    image, columns = image[used], {name: column[used] for name, column in columns.items()}
+    label, wanted = _lookup(category_ids, columns["category"])
+    label = np.where(wanted, label, -1)
+    faults.repair("missing iscrowd (taken as 0), annotation ids", columns["id"][columns["no_crowd"]])
+    wrong = columns["wrong_points"] & wanted
+    faults.refuse(f"keypoints that are not {points} finite x, y, visibility, annotation ids", columns["id"][wrong])
+    label[wrong] = -1
     if bare.all():
-        boxes = np.stack([np.zeros(count), np.zeros(count), sizes[image, 1], sizes[image, 0]], axis=1)
-    else:
-        boxes = np.fromiter(chain.from_iterable(o.bbox for o in objects if o.bbox), np.float64, 4 * count)
-    return objects, Rows(
+        columns["box"][:, :2], columns["box"][:, 2:] = 0, images.sizes[image, ::-1]
+    return Rows(
         image=image,
-        label=np.where(wanted, label, -1),
-        boxes_xywh=boxes.reshape(-1, 4),
-        area=np.fromiter((np.nan if o.area is None else o.area for o in objects), np.float64, count),
-        crowd=np.fromiter((bool(o.iscrowd) for o in objects), bool, count),
-        ids=ids[used],
-        segmentations=[o.segmentation for o in objects] if any(o.segmentation for o in objects) else None,
+        label=label,
+        boxes_xywh=columns["box"],
+        area=columns["area"],
+        crowd=columns["crowd"],
+        ids=columns["id"],
+        segments=all_segments.take(np.flatnonzero(used)) if columns["shaped"].any() else None,
+        keypoints=columns["keypoints"] if columns["has_points"].any() else None,
     )
+
+
+def _columns(objects: list[Object], images: _Images, points: int) -> dict[str, Any]:
+    image, category, number, box, area, crowd, shape, pointed = (
+        zip(*map(_FIELDS, objects), strict=True) if objects else [()] * 8
+    )
+    keypoints, wrong = np.zeros((len(objects), points, 3), dtype=np.float32), np.zeros(len(objects), dtype=bool)
+    has_points = np.array([*map(bool, pointed)], dtype=bool) & (points > 0)
+    for row in np.flatnonzero(has_points).tolist():
+        own = np.array(pointed[row])
+        if len(own) == 3 * points and (np.abs(own) <= FARTHEST).all():
+            keypoints[row] = own.reshape(points, 3)
+        else:
+            wrong[row] = True
+    columns = {"image": np.array(image, dtype=np.int64), "category": np.array(category, dtype=np.int64)}
+    return columns | {
+        "id": np.array([n or 0 for n in number] if None in number else number, dtype=np.int64),
+        "bare": _is_none(box),
+        "box": np.array([b or _NO_BOX for b in box] if None in box else box, dtype=np.float64).reshape(-1, 4),
+        "area": np.array(area, dtype=np.float64),  # NaN for None
+        "crowd": np.array(crowd, dtype=bool),
+        "no_crowd": _is_none(crowd),
+        "segments": Segments(shape, images.sizes_of(columns["image"])),
+        "shaped": np.array([*map(bool, shape)], dtype=bool),
+        "keypoints": keypoints,
+        "has_points": has_points,
+        "wrong_points": wrong,
+    }
+
+
+def _is_none(values: Sequence[object]) -> np.ndarray:
+    if None not in values:
+        return np.zeros(len(values), dtype=bool)
+    return np.array([value is None for value in values], dtype=bool)
 
 
 def _lookup(ids: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -225,25 +222,10 @@ def _repeated(ids: list[int]) -> np.ndarray:
     return values[counts > 1]
 
 
-def _keypoint_names(categories: list[_Category], classes: Sequence[str], origin: Path) -> tuple[str, ...]:
+def _keypoint_names(categories: list[Category], classes: Sequence[str], origin: Path) -> tuple[str, ...]:
     kinds = {tuple(c.keypoints) for c in categories if c.keypoints and c.name in classes}
     if len(kinds) > 1:
         raise UserError(
             f"{origin}: categories name different keypoints; one list for all is supported, or use `classes`"
         )
     return next(iter(kinds), ())
-
-
-def _keypoints(objects: list[_Object], rows: Rows, points: int, faults: Faults) -> np.ndarray:
-    """(M, K, 3) float32; objects without keypoints have K absent ones."""
-    result = np.zeros((len(objects), points, 3), dtype=np.float32)
-    wrong = []
-    for k, o in enumerate(objects):
-        if o.keypoints:
-            if len(o.keypoints) == 3 * points and (np.abs(o.keypoints) <= FARTHEST).all():
-                result[k] = np.reshape(o.keypoints, (points, 3))
-            elif rows.label[k] >= 0:
-                wrong.append(k)
-    faults.refuse(f"keypoints that are not {points} finite x, y, visibility, annotation ids", rows.ids[wrong])
-    rows.label[wrong] = -1
-    return result

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from detbb.data.annotations import Fault, Segments, rle_fits
+from detbb.data.annotations import Fault, Segments
 from detbb.errors import UserError, unknown_name
 
 SHOWN = 10
@@ -61,7 +61,7 @@ class Rows:
     area: np.ndarray  # (M,) float64, NaN where missing
     crowd: np.ndarray  # (M,) bool
     ids: np.ndarray  # (M,) int64, 0 where missing
-    segmentations: Sequence[Any] | None = None  # (M,) COCO form
+    segments: Segments | None = None  # (M,)
     keypoints: np.ndarray | None = None  # (M, K, 3) float32
 
 
@@ -83,8 +83,8 @@ def arrange(rows: Rows, sizes: np.ndarray, faults: Faults) -> dict[str, Any]:
     keep = np.flatnonzero(finite & ~negative & ~zero & ~outside & (rows.label >= 0))
     order = keep[np.argsort(rows.image[keep], kind="stable")]
     segments = None
-    if rows.segmentations is not None:
-        order, segments = _segments(rows.segmentations, order, rows, sizes, faults)
+    if rows.segments is not None:
+        order, segments = _segments(rows.segments, order, ids, sizes, faults)
     fields: dict[str, Any] = {
         "first": np.searchsorted(rows.image[order], np.arange(len(sizes) + 1)).astype(np.int64),
         "boxes_xywh": np.ascontiguousarray(boxes[order]),
@@ -112,28 +112,20 @@ def unique_ids(ids: np.ndarray, faults: Faults) -> np.ndarray:
 
 
 def _segments(
-    items: Sequence[Any], order: np.ndarray, rows: Rows, sizes: np.ndarray, faults: Faults
+    segments: Segments, order: np.ndarray, ids: np.ndarray, sizes: np.ndarray, faults: Faults
 ) -> tuple[np.ndarray, Segments]:
     """`order` without the objects whose mask cannot be used, and the masks of the others."""
-    bad = []
-    for row in order.tolist():
-        item = items[row]
-        if isinstance(item, list):
-            if any(len(polygon) % 2 for polygon in item):
-                bad.append(row)
-        elif item is not None and not rle_fits(item, *sizes[rows.image[row]].tolist()):
-            bad.append(row)
+    segments = segments.take(order)
     faults.refuse(
         "segmentation with an odd number of coordinates, or run lengths that do not cover its image, annotation ids",
-        rows.ids[bad],
+        ids[np.sort(order[segments.wrong])],
     )
-    order = order[~np.isin(order, bad)]
-    segments = Segments(items[row] for row in order.tolist())
     far = segments.beyond(min(2.0 * sizes.max(initial=0), 2e5))  # filling them would take any amount of memory
-    faults.refuse("polygon that is not finite or far outside its image, annotation ids", rows.ids[order[far]])
-    if len(far):
-        order = np.delete(order, far)
-        segments = Segments(items[row] for row in order.tolist())
+    far = np.setdiff1d(far, segments.wrong)
+    faults.refuse("polygon that is not finite or far outside its image, annotation ids", ids[order[far]])
+    if len(far) or len(segments.wrong):
+        kept = np.delete(np.arange(len(order)), np.union1d(far, segments.wrong))
+        order, segments = order[kept], segments.take(kept)
     return order, segments
 
 

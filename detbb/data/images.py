@@ -41,7 +41,7 @@ def name_fault(name: str) -> str | None:
     """Why a file name may not be joined to an image folder, or None. Looks at the text alone."""
     if not name or "\0" in name:
         return "is empty or holds a NUL character"
-    if os.path.isabs(name) or (".." in name and ".." in Path(name).parts):
+    if (("/" in name or os.sep != "/") and os.path.isabs(name)) or (".." in name and ".." in Path(name).parts):
         return "leaves the image folder"
     return None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from detbb.data.annotations import Annotations, PackedStrings
+from detbb.data.annotations import Annotations, PackedStrings, Segments
 from detbb.data.faults import Faults, Rows, arrange
 from detbb.data.images import list_images, readable_headers, safe_join
 from detbb.errors import UserError
@@ -57,7 +57,7 @@ def read_yolo(images: Path, labels: Path, classes: Mapping[int, str], *, faults:
         area=np.nan_to_num(boxes_xywh[:, 2] * boxes_xywh[:, 3]).clip(min=0),
         crowd=np.zeros(len(image), dtype=bool),
         ids=np.arange(1, len(image) + 1),
-        segmentations=polygons if any(polygons) else None,
+        segments=Segments(polygons) if any(polygons) else None,
     )
     return Annotations(
         root=images,
