@@ -52,7 +52,7 @@ class FrozenPrefix:
         self._detector = detector
         self._autocast = AUTOCAST.get(config.precision)
         stages = detector.backbone.stages
-        self._stages = {
+        self._stages: dict[str, nn.Module] = {
             name: nn.Sequential(*detector.backbone.stage_modules(name)) for name in stages[: _position(stages, after)]
         }
         self._neck = detector.neck if after == "neck" else None
