@@ -29,7 +29,7 @@ _RULES: dict[str, Callable[[Any], bool]] = {
 _RANGES = {
     "at least 0": (
         "seed train.workers optimizer.weight_decay optimizer.norm_weight_decay schedule.warmup_steps ema.warmup_steps "
-        "log.images heads.*.loss_weight heads.*.num_convs heads.*.focal_gamma heads.*.center_sampling_radius "
+        "log.images heads.*.loss_weight heads.*.num_convs heads.*.focal_gamma "
         "heads.*.roi_sampling_ratio"
     ),
     "at least 1": (
@@ -37,19 +37,21 @@ _RANGES = {
         "data.*.views checkpoint.every log.every neck.channels data.*.max_pixels data.*.train.size "
         "data.*.val.size data.*.image_size.* schedule.milestones.* heads.*.topk_candidates "
         "heads.*.detections_per_image heads.*.channels heads.*.box_resolution heads.*.box_samples heads.*.box_channels "
+        "heads.*.mask_channels.* heads.*.keypoint_channels.* "
         "heads.*.mask_resolution heads.*.keypoint_resolution heads.*.rpn_samples heads.*.rpn_pre_nms_train "
         "heads.*.rpn_post_nms_train heads.*.rpn_pre_nms_test heads.*.rpn_post_nms_test"
     ),
     "at least 2": "checkpoint.keep",
     "above 0": (
         "train.epochs train.grad_clip train.timeout_s train.cache_limit_gb optimizer.lr optimizer.lr_mult.* "
-        "data.*.weight"
+        "data.*.weight heads.*.anchor_sizes.*.* heads.*.anchor_ratios.* heads.*.box_delta_weights.* "
+        "heads.*.center_sampling_radius"
     ),
-    "at least 0 and below 1": "optimizer.momentum optimizer.betas.* ema.decay",
+    "at least 0 and below 1": "optimizer.momentum optimizer.betas.* ema.decay heads.*.dropout",
     "above 0 and at most 1": "schedule.gamma",
     "above 0 and below 1": "heads.*.prior_probability",
     "between 0 and 1": (
-        "heads.*.threshold heads.*.focal_alpha heads.*.score_threshold heads.*.nms_threshold heads.*.dropout "
+        "heads.*.threshold heads.*.focal_alpha heads.*.score_threshold heads.*.nms_threshold "
         "heads.*.foreground_iou heads.*.background_iou heads.*.box_foreground_iou heads.*.box_background_iou "
         "heads.*.box_positive_fraction heads.*.rpn_nms_threshold heads.*.rpn_foreground_iou heads.*.rpn_background_iou "
         "heads.*.rpn_positive_fraction"
@@ -72,6 +74,7 @@ def check_combinations(config: Config, classes: dict[str, type[Head]], world_siz
     for name, source in config.data.items():
         _check_source(source, f"data.{name}", fail)
     _check_heads(config, classes, fail)
+    _check_head_numbers(config, fail)
     _check_norms(config.backbone, "backbone", config.backbone.weights is None and config.init_from is None, fail)
     _check_norms(config.neck, "neck", config.init_from is None, fail)
     _check_length(config, fail)
@@ -101,7 +104,7 @@ def _select(node: Any, keys: list[str], at: str = "") -> Iterator[tuple[str, Any
     elif isinstance(node, dict):
         for name, item in node.items():
             yield from _select(item, keys[1:], join(at, name))
-    else:
+    elif isinstance(node, list):
         for index, item in enumerate(node):
             yield from _select(item, keys[1:], f"{at}[{index}]")
 
@@ -171,6 +174,22 @@ def _check_heads(config: Config, classes: dict[str, type[Head]], fail: Fail) -> 
     for index, name in enumerate(config.carried):
         if name not in config.heads:
             fail(f"carried[{index}]", f"is {show(name)}, must be one of {', '.join(config.heads)}")
+
+
+def _check_head_numbers(config: Config, fail: Fail) -> None:
+    """What the ranges of single numbers do not say, for the heads that have these keys."""
+    for name, head in config.heads.items():
+        for key in ("mask_channels", "keypoint_channels", "anchor_ratios", "anchor_sizes"):
+            numbers = getattr(head, key, None)
+            if isinstance(numbers, list) and (not numbers or [] in numbers):
+                fail(f"heads.{name}.{key}", f"is {show(numbers)}, must not be empty")
+        weights = getattr(head, "box_delta_weights", None)
+        if weights is not None and len(weights) != 4:
+            fail(f"heads.{name}.box_delta_weights", f"is {show(weights)}, must be four numbers")
+        for stage in ("", "box_", "rpn_"):
+            low, high = (getattr(head, f"{stage}{kind}_iou", None) for kind in ("background", "foreground"))
+            if low is not None and high is not None and low > high:
+                fail(f"heads.{name}.{stage}background_iou", f"is {low}, must be at most {stage}foreground_iou {high}")
 
 
 def _check_norms(part: BackboneConfig | NeckConfig, at: str, random: bool, fail: Fail) -> None:

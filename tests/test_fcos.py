@@ -105,9 +105,6 @@ def test_fresh_scores_start_at_the_prior():
         ({"levels": ["layer3", "layer4"]}, r"heads\.objects\.levels: channels differ .*layer3.*256.*layer4.*512"),
         ({"levels": []}, r"heads\.objects\.levels: \[\]; valid are"),
         ({"levels": ["p3", "p3"]}, r"heads\.objects\.levels: \['p3', 'p3'\]; valid are, each once"),
-        ({"num_convs": -1}, r"heads\.objects\.num_convs: -1"),
-        ({"score_threshold": 1.5}, r"heads\.objects\.score_threshold: 1\.5; valid are 0 … 1"),
-        ({"center_sampling_radius": 0.0}, r"heads\.objects\.center_sampling_radius: 0\.0"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(arguments, said):

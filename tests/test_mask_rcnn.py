@@ -43,6 +43,17 @@ def test_a_batch_without_boxes_reaches_every_parameter():
     assert_trains_without_boxes(make_mask_head())
 
 
+def test_objects_without_a_mask_are_not_trained_to_have_an_empty_one():
+    head, features, batch = make_mask_head(), make_features(), make_batch()
+    target = batch.targets[0]
+    target.masks[1] = 0
+    rois = head.sample([target.boxes[:0]], [target])
+    with_mask = rois.select([rois.matched[0] != 1])
+    assert len(with_mask.boxes[0]) == 2 == len(rois.boxes[0]) - 1
+    one = {name: level[:1] for name, level in features.items()}
+    assert torch.equal(*(head.branch_loss(one, r, [target])["loss_mask"] for r in (rois, with_mask)))
+
+
 def test_bf16_autocast_and_fp64_keep_losses_precise():
     assert_precisions(make_mask_head())
 

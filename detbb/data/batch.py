@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BATCH_STRIDE = 32  # height and width of batches are multiples of it
+
 
 class ImageSize(NamedTuple):
     """One image's size inside a padded batch, and on disk (after EXIF rotation)."""
@@ -100,7 +102,7 @@ def collate(
     images: Sequence[Tensor],
     targets: Sequence[Target],
     source: str,
-    stride: int = 32,
+    stride: int = BATCH_STRIDE,
     at_least: tuple[int, int] = (0, 0),
 ) -> Batch:
     """Pad (3, h, w) uint8 images with zeros to one size that is a multiple of `stride` and covers `at_least` (h, w)."""

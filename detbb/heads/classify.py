@@ -46,8 +46,6 @@ class ClassifyHead(Head):
         self.multi_label = config.multi_label
         if self.multi_label:
             self.main_metric = "cls/mAP"
-        if not 0 <= config.dropout < 1:
-            raise UserError(f"heads.{spec.name}.dropout: {config.dropout}; valid are 0 … 1, without 1")
         self.picked_levels = spec.pick(config.levels)
         self.dropout = nn.Dropout2d(config.dropout)
         self.classifier = nn.ModuleDict(
@@ -70,16 +68,14 @@ class ClassifyHead(Head):
         return torch.stack(rows)
 
     def loss(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Mean over the images of all ranks; an image that a crop left without its one class does not count."""
+        """Mean over the images of all ranks."""
         logits = self.logits(output, batch.sizes)
         present = torch.stack([target.image_labels for target in batch.targets])
         if self.multi_label:
-            losses = F.binary_cross_entropy_with_logits(logits, present.to(logits.dtype), reduction="none").mean(1)
-            counts = torch.ones_like(losses)
-        else:
-            losses = F.cross_entropy(logits, present.long().argmax(1), reduction="none")
-            counts = (present.sum(1) == 1).to(losses.dtype)
-        return {"loss_cls": (losses * counts).sum() / shared_count(counts.sum())}
+            total = F.binary_cross_entropy_with_logits(logits, present.to(logits.dtype), reduction="none").mean(1).sum()
+        else:  # `check_data` has seen to exactly one class an image
+            total = F.cross_entropy(logits, present.long().argmax(1), reduction="sum")
+        return {"loss_cls": total / shared_count(torch.full((), len(logits), device=logits.device))}
 
     def decode(self, output: dict[str, Tensor], sizes: list[ImageSize]) -> list[Predictions]:
         logits = self.logits(output, sizes)

@@ -19,7 +19,6 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 from detbb.config import Norm
 from detbb.data.annotations import Annotations
 from detbb.data.batch import Batch, ImageSize
-from detbb.errors import UserError
 from detbb.evaluators import CocoEvaluator
 from detbb.heads.base import Evaluator, Head, HeadConfig, HeadSpec, Predictions
 from detbb.norm import norm_layer
@@ -88,9 +87,6 @@ class DenseHead(Head):
         self.picked_levels = spec.pick(config.levels)
         self.in_channels = spec.width(self.picked_levels)
         self.num_classes = len(spec.classes)
-        for key in ("prior_probability", "focal_alpha", "score_threshold", "nms_threshold"):
-            if not 0 <= (value := getattr(config, key)) <= 1:
-                raise UserError(f"heads.{spec.name}.{key}: {value}; valid are 0 … 1")
 
     def boxes(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         """The predicted boxes (n, 4) of n anchors."""

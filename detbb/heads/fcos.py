@@ -16,7 +16,6 @@ from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegres
 from detbb.config import Norm
 from detbb.data.batch import Batch
 from detbb.distributed import shared_count
-from detbb.errors import UserError
 from detbb.heads.base import HeadSpec
 from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, Grid, batch_boxes, giou_loss, precise, tower_norm
 
@@ -49,12 +48,6 @@ class FcosHead(DenseHead):
 
     def __init__(self, config: FcosConfig, spec: HeadSpec) -> None:
         super().__init__(config, spec)
-        if config.num_convs < 0:
-            raise UserError(f"heads.{spec.name}.num_convs: {config.num_convs}; valid are 0, 1, 2, …")
-        if config.center_sampling_radius <= 0:
-            raise UserError(
-                f"heads.{spec.name}.center_sampling_radius: {config.center_sampling_radius}; valid is above 0"
-            )
         norm = tower_norm(config.norm) or (lambda channels: nn.Identity())  # None would mean torchvision's GroupNorm
         self.classification_head = FCOSClassificationHead(
             self.in_channels, 1, self.num_classes, config.num_convs, config.prior_probability, norm

@@ -52,7 +52,11 @@ class MaskRcnnHead(FasterRcnnHead):
         return precise(self.mask_predictor(self.mask_head(self.mask_pool(features, boxes, []))))
 
     def branch_loss(self, features: dict[str, Tensor], rois: Rois, targets: list[Target]) -> dict[str, Tensor]:
-        """`loss_mask`: the mean binary cross entropy over the cells of the positive RoIs' masks."""
+        """`loss_mask`: the mean binary cross entropy over the cells of the positive RoIs' masks.
+
+        RoIs whose object has no mask, or an empty one, are left out: an empty mask would be learned as the truth.
+        """
+        rois = rois.select([_masks(t).flatten(1).any(1).bool()[m] for t, m in zip(targets, rois.matched, strict=True)])
         logits = self.mask_logits(features, rois.boxes)
         labels, side = torch.cat(rois.labels), logits.shape[-1]
         per_image = zip(targets, rois.boxes, rois.matched, strict=True)

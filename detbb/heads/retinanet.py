@@ -38,13 +38,8 @@ class RetinaNetHead(DenseHead):
 
     def __init__(self, config: RetinaNetConfig, spec: HeadSpec) -> None:
         super().__init__(config, spec)
-        if not 0 <= config.num_convs <= 4:
+        if config.num_convs > 4:
             raise UserError(f"heads.{spec.name}.num_convs: {config.num_convs}; valid are 0 … 4")
-        if not 0 <= config.background_iou <= config.foreground_iou <= 1:
-            raise UserError(
-                f"heads.{spec.name}.background_iou: {config.background_iou}; "
-                f"valid are 0 … foreground_iou ({config.foreground_iou})"
-            )
         sizes = tuple(
             tuple(int(4 * spec.strides[level] * 2 ** (octave / 3)) for octave in range(3))
             for level in self.picked_levels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,14 +12,12 @@ from torchvision.ops import Conv2dNormActivation
 
 from detbb.config import Norm
 from detbb.data.annotations import Annotations
-from detbb.data.batch import Batch, ImageSize
+from detbb.data.batch import BATCH_STRIDE, Batch, ImageSize
+from detbb.data.semantic import IGNORE
 from detbb.distributed import shared_count
-from detbb.errors import UserError
 from detbb.evaluators import SemanticEvaluator
 from detbb.heads.base import Evaluator, Head, HeadConfig, HeadSpec, Predictions
 from detbb.heads.dense import precise, tower_norm
-
-IGNORE = 255
 
 
 @dataclass
@@ -47,8 +46,6 @@ class SemanticHead(Head):
     def __init__(self, config: SemanticConfig, spec: HeadSpec) -> None:
         super().__init__(config, spec)
         self.picked_levels = spec.pick(config.levels)
-        if config.channels < 1:
-            raise UserError(f"heads.{spec.name}.channels: {config.channels}; valid are 1, 2, 3, …")
         self.convs = nn.ModuleDict(
             {
                 level: Conv2dNormActivation(spec.channels[level], config.channels, norm_layer=tower_norm(config.norm))
@@ -78,7 +75,10 @@ class SemanticHead(Head):
 
     def decode(self, output: Tensor, sizes: list[ImageSize]) -> list[Predictions]:
         stride = self.spec.strides[self.picked_levels[0]]
-        padded = (output.shape[-2] * stride, output.shape[-1] * stride)
+        padded = []
+        for cells, sides in zip(output.shape[-2:], zip(*(s.hw for s in sizes), strict=True), strict=True):
+            least = max((cells - 1) * stride + BATCH_STRIDE, -(-max(sides) // BATCH_STRIDE) * BATCH_STRIDE)
+            padded.append(min(cells * stride, least))  # the batch's: a coarse level's last cells reach beyond it
         whole = (_resize(precise(logits[None]), padded)[0] for logits in output)
         return [
             Predictions(semantic=logits[:, : size.hw[0], : size.hw[1]].float())
@@ -92,5 +92,5 @@ class SemanticHead(Head):
         return ("classifier.weight", "classifier.bias")
 
 
-def _resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
