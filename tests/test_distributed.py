@@ -344,7 +344,7 @@ def test_who_does_not_answer_is_named_also_after_a_restart_on_the_same_store() -
         assert all(str(error).startswith(f"rank {lost} (pid {os.getpid()} on ") for error in found.values())
 
 
-def alone() -> list[tuple[str, bool]]:
+def left_alone() -> list[tuple[str, bool]]:
     """What a rank gets whose peer takes part in nothing, and what it gets wrong by itself."""
     group = dist.new_group(timeout=timedelta(seconds=1))
     net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2), process_group=group)
@@ -364,7 +364,7 @@ def alone() -> list[tuple[str, bool]]:
 
 
 def test_only_a_collective_that_fails_is_blamed_on_another_process() -> None:
-    first, second = run_ranks(alone, 2)
+    first, second = run_ranks(left_alone, 2)
     assert [lost for _, lost in first] == [True, True, False, False, False, False], first
     assert [lost for _, lost in second] == [False] * 4, second
 
