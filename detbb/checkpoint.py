@@ -20,7 +20,7 @@ from detbb.config import Config, DataConfig
 from detbb.config_loading import config_from_dict
 from detbb.detector import ClassList, Detector, build_detector
 from detbb.ema import view
-from detbb.errors import UserError
+from detbb.errors import UserError, unknown_name
 from detbb.files import BadFile, load_tensors
 from detbb.heads import HeadConfig
 from detbb.schema import mismatch
@@ -98,6 +98,21 @@ def open_checkpoint(path: Path | str, *, key: str = "checkpoint") -> dict[str, A
         raise UserError(f"{key} {error}") from error
 
 
+def stored_config(checkpoint: Mapping[str, Any]) -> Config:
+    """The configuration that a checkpoint or branch file holds. Raises: UserError: it cannot be used."""
+    return config_from_dict(checkpoint["config"], origin="the checkpoint's stored config")
+
+
+def opened(path: Path | str, heads: Collection[str] | None) -> tuple[dict[str, Any], Config, list[str]]:
+    """A checkpoint that the user named, its config, and the heads asked for (None: all). Raises: UserError."""
+    content = open_checkpoint(path)
+    config = stored_config(content)
+    for name in heads or ():
+        if name not in config.heads:
+            raise unknown_name("--head", name, config.heads)
+    return content, config, list(config.heads if heads is None else heads)
+
+
 @dataclass
 class InitReport:
     """What `init_from` gave each part: tensor names."""
@@ -136,7 +151,7 @@ def add_carried_heads(
 
     Returns the classes of all carried heads, those included that `config` names already (a run's own config.yaml does).
     """
-    stored = config_from_dict(checkpoint["config"], origin="the checkpoint's stored config")
+    stored = stored_config(checkpoint)
     for name, head in stored.heads.items():
         if name not in config.heads and (only is None or name in only):
             carry(config, name, head, stored.data[head.data])
@@ -194,14 +209,19 @@ def restore_detector(checkpoint: Mapping[str, Any], *, weights: str | None = Non
     """
     if weights == "ema" and checkpoint["ema"] is None:
         raise UserError("weights: 'ema', but this checkpoint holds no average; valid is 'model'")
-    config = config_from_dict(checkpoint["config"], origin="the checkpoint's stored config")
-    detector = build_detector(config, {name: ClassList.of(c) for name, c in checkpoint["classes"].items()})
-    own, given = detector.state_dict(), evaluated_state(checkpoint, weights)
-    if set(own) != set(given) or any(own[n].shape != given[n].shape for n in own):
-        wrong = sorted(set(own) ^ set(given)) or [n for n in own if own[n].shape != given[n].shape]
-        raise UserError(f"checkpoint: its tensors do not fit its own config: {', '.join(wrong[:5])}")
-    detector.load_state_dict(given)
+    detector = build_detector(
+        stored_config(checkpoint), {name: ClassList.of(c) for name, c in checkpoint["classes"].items()}
+    )
+    load_exactly(detector, evaluated_state(checkpoint, weights), "checkpoint: its tensors do not fit its own config")
     return view(detector)
+
+
+def load_exactly(detector: Detector, given: Mapping[str, Tensor], problem: str) -> None:
+    """Give the detector all of its tensors. Raises: UserError: `problem`, and those that do not fit."""
+    own = detector.state_dict()
+    if wrong := sorted(set(own) ^ set(given)) or [n for n in own if own[n].shape != given[n].shape]:
+        raise UserError(f"{problem}: {', '.join(wrong[:5])}")
+    detector.load_state_dict(given)
 
 
 def load_detector(path: Path | str, *, weights: str | None = None, device: str = "cpu") -> Detector:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from detbb.config import BackboneConfig, Config, DataConfig, NeckConfig, ScheduleConfig, SplitConfig
-from detbb.config_types import Fail, join, nearest, show
+from detbb.config_types import Fail, join, show
+from detbb.errors import nearest
 
 if TYPE_CHECKING:
     from detbb.heads.base import Head

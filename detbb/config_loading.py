@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from detbb.config import Config
 from detbb.config_checks import check_combinations
-from detbb.config_types import check_section, nearest, show
-from detbb.errors import UserError
+from detbb.config_types import check_section, show
+from detbb.errors import UserError, nearest
 from detbb.files import write_atomically
 from detbb.heads import Head, HeadConfig, find_head, known_head
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from detbb.errors import nearest
 
 Fail = Callable[[str, str], NoReturn]  # (key path, message)
 
@@ -99,12 +100,6 @@ def _check_key(key: Any, at: str, fail: Fail) -> None:
 
 def join(at: str, key: Any) -> str:
     return f"{at}.{key}" if at else str(key)
-
-
-def nearest(word: Any, names: Iterable[Any]) -> str:
-    """`; did you mean …?`, or nothing if no name is close."""
-    near = difflib.get_close_matches(str(word), [str(n) for n in names], n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def show(value: Any) -> str:

@@ -38,6 +38,10 @@ def tell_torchrun(error_file: str | None, text: str) -> None:
 def unknown_name(where: str, name: str, valid: Iterable[str]) -> UserError:
     """The error for a name that is none of the valid ones: lists them, and says the nearest."""
     valid = list(valid)
-    near = difflib.get_close_matches(name, valid, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return UserError(f"{where}: {name!r} is not known; valid are {', '.join(valid)}{hint}")
+    return UserError(f"{where}: {name!r} is not known; valid are {', '.join(valid)}{nearest(name, valid)}")
+
+
+def nearest(word: object, names: Iterable[object]) -> str:
+    """`; did you mean …?`, or nothing if no name is close."""
+    near = difflib.get_close_matches(str(word), [str(name) for name in names], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

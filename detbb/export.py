@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detbb.checkpoint import open_checkpoint, restore_detector
+from detbb.checkpoint import opened, restore_detector
 from detbb.config import Config
-from detbb.config_loading import config_from_dict
 from detbb.data.batch import ImageSize
 from detbb.data.images import BadImage, list_images, read_image
 from detbb.detector import Detector
-from detbb.errors import UserError, unknown_name
+from detbb.errors import UserError
 from detbb.files import check_output, write_atomically
 from detbb.predictions import Predictions
 
@@ -118,11 +117,7 @@ def export_onnx(
         import onnxruntime
     except ImportError as error:
         raise UserError(f"export needs onnx and onnxruntime ({error}); valid: pip install 'detbb[export]'") from error
-    content = open_checkpoint(checkpoint)
-    config = config_from_dict(content["config"], origin="the checkpoint's stored config")
-    chosen = list(config.heads) if heads is None else list(heads)
-    if unknown := [name for name in chosen if name not in config.heads]:
-        raise unknown_name("--head", unknown[0], config.heads)
+    content, config, chosen = opened(checkpoint, heads)
     size = _checked_size(config, chosen, size)
     output = Path(output)
     check_output(output, overwrite=overwrite)

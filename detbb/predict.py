@@ -11,15 +11,14 @@ import numpy as np
 import torch
 
 from detbb import plots
-from detbb.checkpoint import open_checkpoint, restore_detector
+from detbb.checkpoint import opened, restore_detector
 from detbb.config import DataConfig
-from detbb.config_loading import config_from_dict
 from detbb.data.batch import ImageSize, collate
 from detbb.data.images import BadImage, list_images, read_image
 from detbb.data.transforms import Sample, Transform, resize
 from detbb.detector import ClassList, Detector
 from detbb.distributed import processes
-from detbb.errors import UserError, unknown_name
+from detbb.errors import UserError
 from detbb.evaluate import on_cpu, write_json, write_png
 from detbb.evaluators import coco_results
 from detbb.files import check_folder
@@ -43,13 +42,9 @@ def predict(
 
     Raises: UserError: the checkpoint or a name cannot be used, or no input can be read.
     """
-    content = open_checkpoint(checkpoint)
-    config = config_from_dict(content["config"], origin="the checkpoint's stored config")
+    content, config, names = opened(checkpoint, heads)
     if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"--threshold: {threshold:g} is no score; valid are numbers from 0 to 1")
-    names = list(config.heads) if heads is None else list(heads)
-    if unknown := [name for name in names if name not in config.heads]:
-        raise unknown_name("--head", unknown[0], config.heads)
     least = {n: config.heads[n].threshold if threshold is None else threshold for n in names}
     source = config.data[config.heads[names[0]].data]
     folder = None if output_dir is None else Path(output_dir)

@@ -99,14 +99,8 @@ def load(detector: Detector, checkpoint: dict[str, Any], *, classes: dict[str, C
                 f"--resume: heads.{name} learned {list(stored['names'])[:8]}, the data now has {list(now.names)[:8]}; "
                 "a changed class list is a new run: use init_from"
             )
-    own, given = detector.state_dict(), checkpoint["model"]
-    differ = sorted(set(own) ^ set(given)) or [n for n in own if own[n].shape != given[n].shape]
-    if differ:
-        raise UserError(
-            f"--resume: the checkpoint does not fit this config: {', '.join(differ[:5])}; "
-            "resume with the run's own config.yaml, or start another run with init_from"
-        )
-    detector.load_state_dict(given)
+    advice = "resume with the run's own config.yaml, or start another run with init_from"
+    checkpoints.load_exactly(detector, checkpoint["model"], f"--resume: this config does not fit ({advice})")
 
 
 def check(

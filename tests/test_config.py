@@ -64,14 +64,14 @@ def error_of(path: Path, *overrides: str) -> str:
 
 # (override, what the one line must say besides the override: the key, and what is valid or near)
 MISTAKES = [
-    ("trian.steps=5", ["trian is not a key", "did you mean train?"]),
-    ("train.stpes=5", ["train.stpes", "did you mean steps?"]),
-    ("phases[0].stpes=5", ["phases[0].stpes", "did you mean steps?"]),
+    ("trian.steps=5", ["trian is not a key", "did you mean 'train'?"]),
+    ("train.stpes=5", ["train.stpes", "did you mean 'steps'?"]),
+    ("phases[0].stpes=5", ["phases[0].stpes", "did you mean 'steps'?"]),
     ("phases[2].steps=5", ["phases[2]", "2 entries"]),
-    ("heads.objects.nms_tresh=0.5", ["heads.objects.nms_tresh", "did you mean nms_threshold?"]),
-    ("data.blood.train.anotations=x", ["data.blood.train.anotations", "did you mean annotations?"]),
+    ("heads.objects.nms_tresh=0.5", ["heads.objects.nms_tresh", "did you mean 'nms_threshold'?"]),
+    ("data.blood.train.anotations=x", ["data.blood.train.anotations", "did you mean 'annotations'?"]),
     ("data.blood.train.images=3", ["data.blood.train.images", "3", "text"]),
-    ("optimizer.lr_mult.bakbone=0.1", ["optimizer.lr_mult.bakbone", "did you mean backbone?"]),
+    ("optimizer.lr_mult.bakbone=0.1", ["optimizer.lr_mult.bakbone", "did you mean 'backbone'?"]),
     ("train.steps=", ["train.steps", "no value"]),
     ("train.steps", ["train.steps", "key=value"]),
     ("=3", ["key=value"]),
@@ -93,7 +93,7 @@ MISTAKES = [
     ("optimizer.betas=[0.9]", ["optimizer.betas", "two numbers"]),
     ("optimizer.betas=[0.9,1.0]", ["optimizer.betas[1]", "below 1"]),
     ("optimizer.momentum=1", ["optimizer.momentum", "below 1"]),
-    ("optimizer.type=adam", ["optimizer.type is 'adam'", "sgd, adamw", "did you mean adamw?"]),
+    ("optimizer.type=adam", ["optimizer.type is 'adam'", "sgd, adamw", "did you mean 'adamw'?"]),
     ("backbone.norm=batch", ["backbone.norm is 'batch'", "bn, frozen_bn, sync_bn, gn"]),
     ("backbone.norm_eval=yes", ["backbone.norm_eval is 'yes'", "true or false"]),
     ("backbone.norm=frozen_bn", ["backbone.norm is 'frozen_bn'", "random weights", "backbone.weights", "allow_random"]),
@@ -108,11 +108,11 @@ MISTAKES = [
     ("phases[0].steps=null", ["phases[0].steps", "only the last"]),
     ("phases[0].steps=100", ["phases", "100", "less than train.steps 100"]),
     ("phases[1].steps=50", ["phases", "90", "must be train.steps 100"]),
-    ("phases[0].freeze=[bakcbone]", ["phases[0].freeze[0]", "'bakcbone'", "did you mean backbone?"]),
-    ("phases[1].freeze=[neck,heads.object]", ["phases[1].freeze[1]", "'heads.object'", "did you mean objects?"]),
+    ("phases[0].freeze=[bakcbone]", ["phases[0].freeze[0]", "'bakcbone'", "did you mean 'backbone'?"]),
+    ("phases[1].freeze=[neck,heads.object]", ["phases[1].freeze[1]", "'heads.object'", "did you mean 'objects'?"]),
     ("heads.objects.type=fcso", ["heads.objects.type", "fcso", "did you mean 'fcos'?"]),
     ("heads.objects.type=no_such_package:Head", ["heads.objects.type", "no_such_package"]),
-    ("heads.objects.data=bloood", ["heads.objects.data is 'bloood'", "did you mean blood?"]),
+    ("heads.objects.data=bloood", ["heads.objects.data is 'bloood'", "did you mean 'blood'?"]),
     ("heads.objects.threshold=1.5", ["heads.objects.threshold", "between 0 and 1"]),
     ("heads.pixels.data=blood", ["heads.pixels.data", "format coco", "needs semantic"]),
     ("heads.objects.data=scenes", ["heads.objects.data", "format semantic", "needs boxes"]),
@@ -145,7 +145,7 @@ MISTAKES = [
     ("checkpoint.keep=1", ["checkpoint.keep is 1", "at least 2"]),
     ("eval.every=0", ["eval.every", "at least 1"]),
     ("checkpoint.every=0", ["checkpoint.every", "at least 1"]),
-    ("eval.best=object/bbox/AP", ["eval.best", "did you mean objects?"]),
+    ("eval.best=object/bbox/AP", ["eval.best", "did you mean 'objects'?"]),
     ("eval.best=pixels/sem/mIoU", ["eval.best", "data.scenes has no val split"]),
     ("init_from=[a]", ["init_from", "text"]),
     ("output_dir=${nowhere}", ["output_dir", "nowhere"]),
@@ -219,7 +219,7 @@ def test_mistake_in_the_file_names_the_file_and_the_line_or_key(
 
 
 def test_missing_file_names_a_near_one(file: Path):
-    assert "did you mean run.yaml?" in error_of(file.with_name("runn.yaml"))
+    assert "did you mean 'run.yaml'?" in error_of(file.with_name("runn.yaml"))
 
 
 def test_error_names_the_file_that_wrote_the_key(tmp_path: Path, file: Path):
@@ -318,7 +318,7 @@ def _only_plain(value: object) -> bool:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"sed": 1}, "did you mean seed?"),
+        ({"sed": 1}, "did you mean 'seed'?"),
         ({"seed": "${oc.env:HOME}"}, "seed"),
         ({"output_dir": "${oc.env:HOME}"}, "not resolved"),
         ({"data": {1: {}}}, "key 1"),
