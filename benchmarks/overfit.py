@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, dict[str, float], int, float]] = {
     "faster_rcnn": (SMALL, {"bbox/AP": 80}, 250, 5e-4),
     "faster_rcnn_c4": ("box_samples: 16", {"bbox/AP": 80}, 200, 5e-4),
     "mask_rcnn": (SMALL, {"bbox/AP": 80, "segm/AP": 70}, 300, 5e-4),
-    "keypoint_rcnn": (SMALL + ", keypoint_channels: [128, 128]", {"bbox/AP": 80, "keypoints/AP": 70}, 300, 5e-4),
+    "keypoint_rcnn": (SMALL + f", keypoint_channels: {[128] * 4}", {"bbox/AP": 80, "keypoints/AP": 70}, 300, 5e-4),
     "semantic": ("", {"sem/mIoU": 80}, 150, 1e-3),
     "classify": ("levels: [layer4]", {"cls/accuracy": 100}, 60, 1e-3),
 }
