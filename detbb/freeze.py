@@ -8,7 +8,6 @@ replaced: keys, ids and modules stay, so freezing is reversible. Everything else
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from detbb.backbone import STEM
-from detbb.errors import UserError
+from detbb.errors import UserError, nearest
 from detbb.norm import FrozenBatchNorm2d, has_running_stats, is_norm, norm_modules
 
 if TYPE_CHECKING:
@@ -50,8 +49,7 @@ def resolve(detector: Detector, name: str, *, key: str = "freeze") -> list[tuple
     modules = dict(detector.named_modules())
     if name and name in modules:
         return [(name, modules[name])]
-    near = difflib.get_close_matches(name, [*modules, "backbone.stem"], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = nearest(name, [*modules, "backbone.stem"])
     raise UserError(
         f"{key}: {name!r} is not a submodule; valid are {', '.join(parts(detector))} and anything below them{hint}"
     )

@@ -92,23 +92,17 @@ class _Digests:
 
 def _judge(a: _Digests, b: _Digests) -> tuple[list[str], bool]:
     """Lines about what is frozen in `b`, and whether any of it is not what it was."""
-    lines = []
     frozen = [name for name in b.frozen if name in a.raw and name in b.raw]
-    averages = [name for name in frozen if a.raw[name] != b.raw[name] == a.evaluated[name]]
+    averages = sum(a.raw[name] != b.raw[name] == a.evaluated[name] for name in frozen)
     changed = [name for name in frozen if b.raw[name] not in (a.raw[name], a.evaluated[name])]
     forged = [name for name, value in b.frozen.items() if b.raw.get(name) != value]
-    if averages:
-        lines.append(
-            f"{len(averages)} tensors that are frozen in B are A's averages (EMA), not its raw weights: unchanged as "
-            "evaluated, because a run with init_from starts from the averages"
-        )
-    if forged:
-        lines.append(f"NOT WHAT B'S OWN RUN RECORDED AS FROZEN: {some(forged, 20)}")
+    lines = [f"NOT WHAT B'S OWN RUN RECORDED AS FROZEN: {some(forged, 20)}"] if forged else []
     if changed:
         learned = "" if set(changed) & set(a.frozen) else " (none of them was frozen in A yet)"
         lines.append(f"FROZEN IN B, BUT NOT AS IN A{learned}: {some(changed, 20)}")
     elif frozen and not forged:
-        lines.append(f"all {len(frozen)} tensors that are frozen in B are as in A, to the bit")
+        how = f" ({averages} are A's averages (EMA), not its raw weights: unchanged as evaluated)" if averages else ""
+        lines.append(f"all {len(frozen)} tensors that are frozen in B are as in A, to the bit{how}")
     return lines, bool(changed or forged)
 
 
