@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import cv2
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detbb.data.images import BadImage, image_header, list_images, read_image, safe_join
+from detbb.data import images
+from detbb.data.images import BadImage, image_header, list_images, read_image, readable_headers, safe_join
 
 LIMIT = 10_000_000
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 5, 3)).astype(np.uint8)  # (h, w, RGB)
@@ -116,6 +118,12 @@ def test_unusable_files_are_bad_images_with_a_reason(tmp_path: Path) -> None:
             read_image(tmp_path / name, LIMIT)
         with pytest.raises(BadImage, match=reason):
             image_header(tmp_path / name)
+
+
+def test_headers_of_a_set_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(8, timeout=10)
+    monkeypatch.setattr(images, "image_header", lambda path: (together.wait(), (1, 2))[1])
+    assert readable_headers(tmp_path, iter("abcdefgh")) == (dict.fromkeys("abcdefgh", (1, 2)), [])
 
 
 def test_a_wrong_suffix_does_not_matter(tmp_path: Path) -> None:

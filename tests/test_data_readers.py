@@ -256,6 +256,7 @@ def test_yolo_reads_the_same_content_as_coco_and_polygons(tmp_path: Path) -> Non
     (tmp_path / "labels" / "c.txt").write_text("1 0.25 0.25 0.75 0.25 0.5 1\n")
     polygons = read_split(DataConfig(format="yolo", train=split, classes=["car", "zebra"]), "train", "y")
     assert polygons is not None and polygons.segments is not None
+    assert polygons.areas[-1] == 16 * 24 / 2 and polygons.areas[0] == np.prod(polygons.boxes_xywh[0, 2:])
     assert polygons.boxes_xywh[-1].tolist() == [8, 8, 16, 24] and polygons.segments.polygons(2)[0].tolist() == [
         [8, 8],
         [24, 8],
@@ -274,7 +275,7 @@ def test_yolo_reads_the_same_content_as_coco_and_polygons(tmp_path: Path) -> Non
 
 def semantic_source(folder: Path, values: list[int], classes: Any, **more: Any) -> DataConfig:
     for name in ("images", "masks"):
-        (folder / name).mkdir(exist_ok=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
     mask = np.resize(np.array(values, dtype=np.uint8), (6, 8))
     Image.fromarray(np.zeros((6, 8, 3), np.uint8)).save(folder / "images" / "a.jpg")
     palette = Image.fromarray(mask)
@@ -282,6 +283,59 @@ def semantic_source(folder: Path, values: list[int], classes: Any, **more: Any) 
     palette.save(folder / "masks" / "a.png")
     split = SplitConfig(images=str(folder / "images"), annotations=str(folder / "masks"))
     return DataConfig(format="semantic", train=split, classes=classes, **more)
+
+
+def test_ids_do_not_shift_when_a_file_turns_bad(tmp_path: Path) -> None:
+    coco = read(tmp_path, GOOD)
+    as_yolo(coco, tmp_path / "labels")
+    split = SplitConfig(images=str(tmp_path / "images"), annotations=str(tmp_path / "labels"))
+    masks = semantic_source(tmp_path / "sem", [1], ["a", "b"], on_bad_image="skip")
+    yolo = DataConfig(format="yolo", train=split, classes=["car", "zebra"], on_bad_image="skip")
+    for source in (yolo, masks):
+        assert source.train is not None
+        before = read_split(source, "train", "x")
+        folder = Path(source.train.images or "")
+        first = sorted(folder.iterdir())[0]
+        (folder / "0.png").write_bytes(b"")
+        after = read_split(source, "train", "x")
+        (folder / "0.png").unlink()
+        assert before is not None and after is not None and first.name != "0.png"
+        assert (after.image_ids == before.image_ids + 1).all() and list(after.file_names) == list(before.file_names)
+
+
+def test_a_name_of_several_files_is_refused_and_may_hold_spaces(tmp_path: Path) -> None:
+    data = read(tmp_path, GOOD)
+    listing = as_voc(data, tmp_path / "voc")
+    images, xml = tmp_path / "images", tmp_path / "voc" / "Annotations"
+    (images / "a.png").rename(images / "a b.png")
+    (xml / "a.xml").rename(xml / "a b.xml")
+    listing.write_text("b  1\na b\nc -1\n")
+    source = DataConfig(format="voc", train=SplitConfig(images=str(images), annotations=str(listing)))
+    found = read_split(source, "train", "voc")
+    assert found is not None and list(found.file_names) == ["b.png", "a b.png", "c.png"]
+    (images / "more").mkdir()
+    (images / "more" / "c.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"name that several image files have: c$"):
+        read_split(source, "train", "voc")
+
+
+@pytest.mark.parametrize("kind", ["coco", "yolo", "voc", "xml", "classes"])
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+    data, fifo = read(tmp_path, GOOD), tmp_path / "fifo.json"
+    path = {"yolo": tmp_path / "labels" / "a.txt", "xml": tmp_path / "voc" / "Annotations" / "a.xml"}.get(kind, fifo)
+    listing = as_voc(data, tmp_path / "voc")
+    as_yolo(data, tmp_path / "labels")
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    annotations = {"yolo": tmp_path / "labels", "xml": listing, "classes": tmp_path / "labels"}.get(kind, fifo)
+    if kind == "voc":
+        (tmp_path / "Annotations").mkdir()
+    split = SplitConfig(images=str(tmp_path / "images"), annotations=str(annotations))
+    source = DataConfig(format={"xml": "voc", "classes": "yolo"}.get(kind, kind), train=split)  # type: ignore[arg-type]
+    if source.format == "yolo":
+        source.classes = str(fifo) if kind == "classes" else ["car", "zebra"]
+    with pytest.raises(UserError, match=rf"{path.name}: is not a regular file"):
+        read_split(source, "train", "x")
 
 
 def test_semantic_values_become_contiguous_labels(tmp_path: Path) -> None:

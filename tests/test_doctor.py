@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -102,6 +103,15 @@ def test_a_repaired_copy_of_sound_data_holds_the_same(tmp_path, change):
     assert before.classes == after.classes and list(before.file_names) == list(after.file_names)
     for name in ("image_ids", "sizes", "first", "boxes_xywh", "labels", "areas", "object_ids", "category_ids"):
         assert getattr(before, name).tolist() == getattr(after, name).tolist(), name
+
+
+def test_images_that_share_a_mask_are_copied_and_not_linked(tmp_path):
+    data = DataSet(tmp_path / "data")
+    semantic(data)
+    shutil.copyfile(data.images() / "7.png", data.images() / "7.jpg")
+    check(config_of(tmp_path, data), fix=tmp_path / "fixed")
+    copies = sorted(p for p in (tmp_path / "fixed").rglob("*.*g"))
+    assert [p.name for p in copies].count("7.png") == 2 and all(p.stat().st_nlink == 1 for p in copies)
 
 
 def test_a_second_pass_looks_at_no_file_until_one_changes(tmp_path, monkeypatch):

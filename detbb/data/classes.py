@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from detbb.data.images import read_text
 from detbb.errors import UserError
 
 
@@ -19,13 +20,12 @@ def read_classes(value: Any) -> dict[int, str]:
     origin = "classes"
     if isinstance(value, str):
         origin, path = value, Path(value)
+        text = read_text(path)
         try:
-            text = path.read_text(encoding="utf-8")
             structured = path.suffix.lower() in (".json", ".yaml", ".yml")  # JSON is YAML
             value = yaml.safe_load(text) if structured else [line.strip() for line in text.splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as e:
-            reason = getattr(e, "strerror", None) or " ".join(str(e).split())
-            raise UserError(f"{origin}: class names cannot be read: {reason}") from None
+        except (yaml.YAMLError, RecursionError, ValueError) as e:
+            raise UserError(f"{origin}: class names cannot be read: {' '.join(str(e).split())}") from None
         if isinstance(value, dict) and "names" in value:
             value = value["names"]
     items = (

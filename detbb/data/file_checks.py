@@ -21,7 +21,7 @@ import numpy as np
 from detbb.config import DataConfig
 from detbb.data.annotations import Annotations, Fault
 from detbb.data.faults import Faults
-from detbb.data.images import BadImage, image_header, safe_join
+from detbb.data.images import THREADS, BadImage, image_header, safe_join
 from detbb.data.semantic import read_mask
 from detbb.files import write_atomically
 from detbb.schema import mismatch
@@ -29,7 +29,6 @@ from detbb.schema import mismatch
 VERSION = 2  # of what is looked for; another one forgets what was found
 REMEMBERED_FROM_S = 1.0  # passes that took longer are remembered
 FORM = {str: {"faults": [{"kind": str, "count": int, "first": [object], "repaired": bool}], "bad": [int]}}
-THREADS = 16  # a pass waits for the disk or the network most of the time
 MISSING = "image file that is not there"
 UNREADABLE = "image file that cannot be used"
 RENAMED = "file name that is on disk in another Unicode normal form"

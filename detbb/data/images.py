@@ -6,6 +6,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +19,7 @@ from detbb.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")  # no format that starts a program
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"])
+THREADS = 16  # a look at many files waits for the disk or the network most of the time
 _UPRIGHT = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -114,14 +116,18 @@ def read_index_png(path: str | Path, max_pixels: int) -> np.ndarray:
 
 def readable_headers(root: Path, names: Iterable[str]) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """(height, width) by name of the images whose header can be read, and the others with the reason."""
-    headers: dict[str, tuple[int, int]] = {}
-    bad = []
-    for name in names:
+
+    def look(name: str) -> tuple[int, int] | str:
         try:
-            headers[name] = image_header(safe_join(root, name))
+            return image_header(safe_join(root, name))
         except BadImage as error:
-            bad.append(f"{name} ({error.reason})")
-    return headers, bad
+            return error.reason
+
+    names = list(names)
+    with ThreadPoolExecutor(THREADS) as threads:
+        found = dict(zip(names, threads.map(look, names), strict=True))
+    bad = [f"{name} ({reason})" for name, reason in found.items() if isinstance(reason, str)]
+    return {name: size for name, size in found.items() if not isinstance(size, str)}, bad
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -133,6 +139,14 @@ def read_bytes(path: str | Path) -> bytes:
         raise UserError(str(e)) from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+
+
+def read_text(path: str | Path) -> str:
+    """What a regular file of UTF-8 text holds. Raises UserError."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: cannot be read: {e}") from None
 
 
 def list_images(folder: Path) -> list[str]:

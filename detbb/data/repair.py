@@ -53,7 +53,7 @@ def print_report(report: Report, *, title: str = "") -> None:
 def write_repaired(config: Config, report: Report, folder: Path) -> Config:
     """A configuration whose data is a copy without faults; it is `folder/config.yaml`.
 
-    Boxes become COCO files that name the images where they are; images and masks of `semantic` are linked, or copied.
+    Boxes become COCO files that name the images where they are; images and masks of `semantic` are copied.
     Raises: UserError: `folder` is not empty, or a split cannot be read at all.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -124,8 +124,6 @@ def _write_semantic(found: Split, a: Annotations, place: Path) -> SplitConfig:
             (Path(a.mask_files[index]), place / "masks" / name.with_suffix(".png")),
         ):
             copied.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(file.resolve(), copied)
-            except OSError:
-                shutil.copyfile(file, copied)
+            if not copied.exists():  # a.jpg and a.png have one mask
+                shutil.copyfile(file, copied)  # a link would let edits of the copy reach the original
     return SplitConfig(images=str((place / "images").resolve()), annotations=str((place / "masks").resolve()))

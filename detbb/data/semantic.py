@@ -26,7 +26,7 @@ def read_semantic(
     """Every image below `images`, with the PNG of the same name below `masks`.
 
     `classes` maps mask values to names, with or without gaps; a class whose value is `ignore_index` is left out. Image
-    ids count the sorted files from 1; category ids are the mask values. Raises UserError for what
+    ids count the sorted files from 1, unusable ones too; category ids are the mask values. Raises UserError for what
     cannot be repaired, unless `faults` is not strict.
     """
     used = {value: name for value, name in classes.items() if value not in (ignore_index, IGNORE)}
@@ -35,11 +35,12 @@ def read_semantic(
             f"classes: needs 1 … 254 classes of mask values 0 … 254; got {len(used)}, up to {max(used, default=None)}"
         )
     faults = faults or Faults(masks)
-    headers, bad = readable_headers(images, list_images(images))
+    listed = list_images(images)
+    headers, bad = readable_headers(images, listed)
     faults.bad_images("image that cannot be read", bad)
     mask_of = {f: str(Path(f).with_suffix(".png")) for f in headers}
-    faults.refuse("image without a mask:", [f for f, m in mask_of.items() if not (masks / m).is_file()])
     files = [f for f, m in mask_of.items() if (masks / m).is_file()]
+    faults.refuse("image without a mask:", sorted(set(headers) - set(files)))
     mask_values = np.full(256, UNKNOWN, dtype=np.uint8)
     mask_values[list(used)] = np.arange(len(used))
     mask_values[[i for i in (ignore_index, IGNORE) if 0 <= i <= 255]] = IGNORE
@@ -47,7 +48,7 @@ def read_semantic(
         root=images,
         classes=tuple(used.values()),
         category_ids=np.array(list(used), dtype=np.int64),
-        image_ids=np.arange(1, len(files) + 1),
+        image_ids=np.flatnonzero(np.isin(listed, files)) + 1,
         file_names=PackedStrings(files),
         sizes=np.array([headers[f] for f in files], dtype=np.int32).reshape(-1, 2),
         first=np.zeros(len(files) + 1, dtype=np.int64),

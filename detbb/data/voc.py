@@ -11,7 +11,7 @@ import numpy as np
 
 from detbb.data.annotations import Annotations, PackedStrings
 from detbb.data.faults import Faults, Rows, arrange
-from detbb.data.images import list_images, readable_headers, safe_join
+from detbb.data.images import list_images, read_text, readable_headers, safe_join
 from detbb.errors import UserError
 
 
@@ -71,8 +71,12 @@ def read_voc(
 
 def _listed(images: Path, image_set: Path, faults: Faults) -> tuple[dict[str, int], dict[str, str]]:
     """The images of the set with their line numbers, and the files by name without suffix."""
-    lines = [line.split()[0] for line in _text(image_set).splitlines() if line.strip()]
-    files = {Path(name).stem: name for name in list_images(images)}
+    names = list_images(images)
+    files = {Path(name).stem: name for name in names}
+    lines = [line.strip() for line in read_text(image_set).splitlines() if line.strip()]
+    lines = [line if line in files else line.split()[0] for line in lines]  # a name, or a name and a flag
+    several = [stem for stem, count in Counter(Path(name).stem for name in names).items() if count > 1]
+    faults.refuse("name that several image files have:", [s for s in several if s in lines])
     faults.refuse("name without an image file:", [s for s in lines if s not in files])
     faults.refuse("name listed twice:", sorted(name for name, count in Counter(lines).items() if count > 1))
     numbers = {stem: number for number, stem in reversed(list(enumerate(lines, start=1))) if stem in files}
@@ -87,13 +91,6 @@ def _annotation_folder(images: Path, image_set: Path) -> Path:
     raise UserError(f"{image_set}: no folder Annotations/ beside it, up to three folders above, or beside {images}")
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
-
-
 def _parse_all(folder: Path, stems: Iterable[str]) -> tuple[dict[str, ElementTree.Element], list[str]]:
     """The XML of each image that has one which can be used, and what is wrong with the others."""
     trees, wrong = {}, []
@@ -106,7 +103,7 @@ def _parse_all(folder: Path, stems: Iterable[str]) -> tuple[dict[str, ElementTre
 
 
 def _parse(path: Path) -> ElementTree.Element:
-    text = _text(path)
+    text = read_text(path)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities can grow without bound
         raise UserError(f"{path}: holds a document type or entities, which VOC files do not")
     try:

@@ -9,7 +9,7 @@ import numpy as np
 
 from detbb.data.annotations import Annotations, PackedStrings, Segments
 from detbb.data.faults import Faults, Rows, arrange
-from detbb.data.images import list_images, readable_headers, safe_join
+from detbb.data.images import list_images, read_text, readable_headers, safe_join
 from detbb.errors import UserError
 
 
@@ -17,18 +17,19 @@ def read_yolo(images: Path, labels: Path, classes: Mapping[int, str], *, faults:
     """Every image below `images`; its objects are in the txt file of the same name below `labels`, if there is one.
 
     A line is `class x y w h` (centre and size, in parts of the image) or `class x1 y1 x2 y2 …` (a polygon). Image ids
-    count the sorted files from 1; category ids are YOLO's class numbers + 1. Raises UserError for what cannot be
-    repaired, unless `faults` is not strict.
+    count the sorted files from 1, unusable ones too; category ids are YOLO's class numbers + 1. Raises UserError for
+    what cannot be repaired, unless `faults` is not strict.
     """
     if not labels.is_dir():
         raise UserError(f"{labels} is not a folder")
     faults = faults or Faults(labels)
-    headers, bad = readable_headers(images, list_images(images))
+    listed = list_images(images)
+    headers, bad = readable_headers(images, listed)
     faults.bad_images("image that cannot be read", bad)
     files = list(headers)
     sizes = np.array([headers[f] for f in files], dtype=np.int32).reshape(-1, 2)
     label_of = {number: label for label, number in enumerate(classes)}
-    image, label, boxes, polygons, unknown, wrong = [], [], [], [], [], []
+    image, label, boxes, areas, polygons, unknown, wrong = [], [], [], [], [], [], []
     for index, file in enumerate(files):
         path = safe_join(labels, str(Path(file).with_suffix(".txt")))
         height, width = sizes[index].tolist()
@@ -46,6 +47,7 @@ def read_yolo(images: Path, labels: Path, classes: Mapping[int, str], *, faults:
             image.append(index)
             label.append(label_of[number])
             boxes.append((*corner, *size))
+            areas.append(_area(points) if len(points) > 2 else size.prod())
             polygons.append([] if len(points) == 2 else [points.ravel().tolist()])
     faults.refuse("line that is not `class x y w h` or `class x1 y1 x2 y2 x3 y3 …`:", wrong)
     faults.refuse(f"line of a class that is none of {len(label_of)}:", unknown)
@@ -54,7 +56,7 @@ def read_yolo(images: Path, labels: Path, classes: Mapping[int, str], *, faults:
         image=np.array(image, dtype=np.int64),
         label=np.array(label, dtype=np.int64),
         boxes_xywh=boxes_xywh,
-        area=np.nan_to_num(boxes_xywh[:, 2] * boxes_xywh[:, 3]).clip(min=0),
+        area=np.nan_to_num(np.array(areas, dtype=np.float64)).clip(min=0),
         crowd=np.zeros(len(image), dtype=bool),
         ids=np.arange(1, len(image) + 1),
         segments=Segments(polygons) if any(polygons) else None,
@@ -63,7 +65,7 @@ def read_yolo(images: Path, labels: Path, classes: Mapping[int, str], *, faults:
         root=images,
         classes=tuple(classes.values()),
         category_ids=np.array(list(classes), dtype=np.int64) + 1,
-        image_ids=np.arange(1, len(files) + 1),
+        image_ids=np.flatnonzero([name in headers for name in listed]) + 1,
         file_names=PackedStrings(files),
         sizes=sizes,
         **arrange(rows, sizes, faults),
@@ -71,12 +73,18 @@ def read_yolo(images: Path, labels: Path, classes: Mapping[int, str], *, faults:
     )
 
 
+def _area(points: np.ndarray) -> float:
+    """Of a polygon that does not cross itself (Gauss's formula)."""
+    x, y = (points - points[0]).T
+    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+
+
 def _lines(path: Path) -> Iterator[tuple[str, int, np.ndarray]]:
     """(place, class number, coordinates) of each line; no coordinates where it is none."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        yield f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}", -1, np.zeros(0)
+        text = read_text(path)
+    except UserError as e:
+        yield str(e), -1, np.zeros(0)
         return
     for at, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
