@@ -351,7 +351,10 @@ def left_alone() -> list[tuple[str, bool]]:
     tries: list[Any] = []
     if rank() == 0:
         tries = [lambda: net(torch.ones(1, 2)).sum().backward(), lambda: dist.all_reduce(torch.ones(1), group=group)]
-    tries += [lambda: (_ for _ in ()).throw(RuntimeError(text)) for text in ("DataLoader timed out", "no file gloo/x")]
+    tries += [
+        lambda text=text: (_ for _ in ()).throw(RuntimeError(text))
+        for text in ("DataLoader timed out", "no file gloo/x")
+    ]
     tries += [lambda: torch.ones(2) @ torch.ones(3), lambda: torch.load("timed out", weights_only=True)]
     found = []
     for one in tries:
