@@ -16,6 +16,7 @@ class Phase:
     start: int
     end: int
     freeze: tuple[str, ...]
+    sources: tuple[str, ...] = ()  # the data that something learns from, once the detector has told
 
 
 def plan_phases(config: Config, total_steps: int) -> list[Phase]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,10 @@ def prepare(config: Config, resume: str | None, device: torch.device, stop: Stop
     train_data, val_data = setup.read_sources(config)
     detector, lines, random = setup.start_detector(config, start, train_data)
     phases = plan_phases(config, setup.total_steps(config, train_data))
-    for phase in phases:  # a misspelt name in a late phase is an error now, not then
-        if not detector.freeze(phase.freeze).learning():
+    for index, phase in enumerate(phases):  # a misspelt name in a late phase is an error now, not then
+        learning = detector.freeze(phase.freeze).learning()
+        phases[index] = replace(phase, sources=tuple(dict.fromkeys(detector.sources[name] for name in learning)))
+        if not learning:
             names = ", ".join(phase.freeze)
             raise UserError(f"freeze: phase {phase.index} freezes everything ({names}); nothing would learn")
     for name in config.optimizer.lr_mult:
@@ -191,6 +194,7 @@ def step_batches(run: Run, phase: Phase) -> Generator[tuple[list[Batch], float]]
         stores=run.learner.prefix.stores if isinstance(run.learner.prefix, FeatureCache) else None,
         start_step=run.step,
         end_step=phase.end,
+        phases=[(p.start, p.sources) for p in run.phases],
         rank=rank(),
         world_size=world_size(),
     )

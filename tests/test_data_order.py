@@ -142,6 +142,22 @@ def test_sources_take_turns_by_weight_and_prefixes_are_stable() -> None:
             Turns({"a": weight})
 
 
+def test_turns_are_counted_across_phases_that_change_the_sources() -> None:
+    """Source a alone, a and b, b alone, all: no turn comes twice, none is left out, and prefixes stay."""
+    phases = [(0, ["a"]), (10, ["b", "a"]), (30, ["b"]), (35, ["a", "b", "c"])]
+    turns = Turns({"a": 1, "b": 1, "c": 2}, phases)
+    found = [turns.at(s) for s in range(75)]
+    for name in "abc":
+        assert [t for n, t in found if n == name] == list(range(sum(n == name for n, _ in found)))
+    assert found[9:12] == [("a", 9), ("a", 10), ("b", 0)] and {n for n, _ in found[30:35]} == {"b"}
+    assert Counter(n for n, _ in found[10:30]) == {"a": 10, "b": 10}
+    assert Counter(n for n, _ in found[35:]) == {"a": 10, "b": 10, "c": 20}
+    assert Turns({"a": 1, "b": 1, "c": 2}, phases).at(74) == found[74]
+    assert [Turns({"a": 3, "b": 1}, [(0, ["a", "b"])]).at(s) for s in range(20)] == [
+        Turns({"a": 3, "b": 1}).at(s) for s in range(20)
+    ]
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_processes_share_the_same_images(accumulate: int) -> None:
     def keys(rank: int, processes: int) -> list:

@@ -16,7 +16,7 @@ from detbb.data import read_split
 from detbb.data.annotations import Annotations, Segments, rle_fits
 from detbb.data.dataset import Reader
 from detbb.data.sampler import mix
-from detbb.data.transforms import Sample, Transform, rasterize, resize
+from detbb.data.transforms import _KEEP_SIZE, Sample, Transform, rasterize, resize
 from detbb.errors import UserError
 
 NEEDS = frozenset({"boxes", "masks", "keypoints"})
@@ -228,6 +228,19 @@ def test_augmentations_that_cannot_work_are_refused_at_start(fault: str) -> None
     with pytest.raises(UserError, match=message) as error:
         Transform(source(augment, (80, 100)), train=True)
     assert "\n" not in str(error.value)
+
+
+def test_transforms_said_to_keep_the_size_do(recwarn: pytest.WarningsRecorder) -> None:
+    """Where they do not, every process has to read the images of all to know the padding."""
+    sample = Sample(np.zeros((60, 90, 3), np.uint8), np.array([[5.0, 5, 40, 30]]), np.zeros(1, np.int64))
+    more = {"GridDropout": {"ratio": 0.5}, "XYMasking": {"num_masks_x": 1, "mask_x_length": 9}}
+    for name in _KEEP_SIZE:
+        transform = Transform(source([{"type": name, "p": 1, **more.get(name, {})}], (60, 90)), train=True)
+        assert not transform.changes_size, name
+        assert {transform(sample, seed).image.shape for seed in range(20)} == {(60, 90, 3)}, name
+    cropped = {"Rotate": "crop_border", "Affine": "fit_output", "Perspective": "fit_output"}
+    for spec in (*({"type": n, k: True} for n, k in cropped.items()), {"type": "Perspective", "keep_size": False}):
+        assert Transform(source([spec], (60, 90)), train=True).changes_size, spec
 
 
 def test_albumentations_is_the_release_the_rules_were_checked_on() -> None:

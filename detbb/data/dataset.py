@@ -7,7 +7,7 @@ import functools
 import multiprocessing
 import signal
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -137,11 +137,13 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     stores: Mapping[str, Store] | None = None,
+    phases: Sequence[tuple[int, Collection[str]]] = (),
 ) -> BatchLoader:
     """`train.accumulate` batches a step, for the steps start_step … end_step - 1, of this process's images.
 
-    Only the sources given take turns. Each image's order and augmentation follow from (seed, step) alone, whatever the
-    number of workers, of processes, or the step at which the loader starts. stores: the feature cache by source.
+    Only the sources given take turns; `phases` says which did before, so that a switch repeats no image. Each image's
+    order and augmentation follow from (seed, step) alone, whatever the number of workers, of processes, or the step at
+    which the loader starts. stores: the feature cache by source.
     """
     batch_size = config.train.batch_size
     readers, orders = {}, {}
@@ -152,8 +154,9 @@ def train_loader(
             raise UserError(f"data.{name}: {e}") from None
         landscape = data.sizes[:, 1] >= data.sizes[:, 0] if config.data[name].aspect_grouping else None
         orders[name] = SampleOrder(len(data), batch_size, seed=mix(config.seed, *name.encode()), landscape=landscape)
+    taking = {*sources, *(name for _, names in phases for name in names)}
     sampler = StepSampler(
-        Turns({name: config.data[name].weight for name in sources}),
+        Turns({name: source.weight for name, source in config.data.items() if name in taking}, phases),
         orders,
         steps=range(start_step, end_step),
         accumulate=config.train.accumulate,

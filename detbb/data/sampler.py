@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -45,26 +45,29 @@ class MicroBatch(list[SampleKey]):
 class Turns:
     """Which source a step takes: smooth weighted round robin, so that any stretch of steps is close to the weights."""
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
+    def __init__(self, weights: Mapping[str, float], phases: Sequence[tuple[int, Collection[str]]] = ()) -> None:
+        """phases: from which step on which sources take turns, in order; without, all of them from step 0."""
         for name, weight in weights.items():
             if not 0 < weight < float("inf"):
                 raise UserError(f"data.{name}.weight: {weight} is not a finite number above 0")
-        self._names = list(weights)
-        self._weights = [float(w) for w in weights.values()]
-        self._credit = [0.0] * len(weights)
-        self._count = [0] * len(weights)
-        self._turns: list[tuple[int, int]] = []  # of each step so far: source, its turn
+        self._weights = {name: float(weight) for name, weight in weights.items()}
+        self._phases = list(phases) or [(0, weights)]
+        self._credit = dict.fromkeys(weights, 0.0)
+        self._count = dict.fromkeys(weights, 0)
+        self._turns: list[tuple[str, int]] = []  # of each step so far: source, its turn
 
     def at(self, step: int) -> tuple[str, int]:
         """(source of step `step`, how many steps it had before)."""
         while len(self._turns) <= step:
-            self._credit = [c + w for c, w in zip(self._credit, self._weights, strict=True)]
-            source = self._credit.index(max(self._credit))
-            self._credit[source] -= sum(self._weights)
+            learning = next(names for first, names in reversed(self._phases) if first <= len(self._turns))
+            active = {name: weight for name, weight in self._weights.items() if name in learning}
+            for name, weight in active.items():
+                self._credit[name] += weight
+            source = max(active, key=self._credit.__getitem__)
+            self._credit[source] -= sum(active.values())
             self._turns.append((source, self._count[source]))
             self._count[source] += 1
-        source, turn = self._turns[step]
-        return self._names[source], turn
+        return self._turns[step]
 
 
 class SampleOrder:

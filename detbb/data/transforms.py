@@ -24,7 +24,10 @@ from detbb.errors import UserError, unknown_name
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else importing it asks the network for a newer version
 import albumentations as A
 
-_KEEP_SIZE = ("HorizontalFlip", "VerticalFlip", "CoarseDropout", "GridDropout", "XYMasking")
+_KEEP_SIZE = (
+    *("HorizontalFlip", "VerticalFlip", "CoarseDropout", "GridDropout", "XYMasking", "Rotate", "SafeRotate", "Affine"),
+    *("ShiftScaleRotate", "Perspective", "ElasticTransform", "GridDistortion", "OpticalDistortion"),
+)
 LEAST_SIDE = 0.1  # pixels; what augmentation leaves of a box must not be thinner
 
 
@@ -71,10 +74,7 @@ class Transform:
             kinds = {"HorizontalFlip": "h", "VerticalFlip": "v"}
             named = sorted({kinds.get(type(t).__name__, "?") for t in transforms})
             self.flips = None if "?" in named else "".join(named)
-            self.changes_size = any(
-                not isinstance(t, A.ImageOnlyTransform) and type(t).__name__ not in _KEEP_SIZE
-                for _, t in _leaves(transforms, "")
-            )
+            self.changes_size = not all(_keeps_size(t) for _, t in _leaves(transforms, ""))
 
     def size(self, hw: tuple[int, int], seed: int | None = None) -> tuple[int, int]:
         """(height, width) that an image of `hw` is resized to; without a seed, the largest that may be drawn."""
@@ -148,6 +148,14 @@ def rasterize(segments: Segments, rows: np.ndarray, original_hw: tuple[int, int]
             codes = coco_mask.frPyObjects([(p * scale).ravel().tolist() for p in polygons], *hw)
             mask[:] = coco_mask.decode(coco_mask.merge(codes))
     return masks
+
+
+def _keeps_size(transform: Any) -> bool:
+    if isinstance(transform, A.ImageOnlyTransform):
+        return True
+    options = ("crop_border", "fit_output") if not isinstance(transform, A.SafeRotate) else ()  # it shrinks to fit
+    changes = any(getattr(transform, key, False) for key in options) or not getattr(transform, "keep_size", True)
+    return type(transform).__name__ in _KEEP_SIZE and not changes
 
 
 def _composed(transforms: list[Any]) -> A.Compose:
