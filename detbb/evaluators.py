@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from detbb.coco_engines import Kind, coco_evaluation, coco_ground_truth
 from detbb.data.annotations import Annotations
 from detbb.data.semantic import read_mask
 from detbb.predictions import Predictions
-
-Kind = Literal["bbox", "segm", "keypoints"]
-
-OTHER_SIGMA = 0.05
-"""Every keypoint's OKS sigma when there are not COCO's 17 (whose own go from 0.025 to 0.107)."""
 
 
 def full_mask(mask: np.ndarray | Any, box: Any, hw: tuple[int, int]) -> np.ndarray:
@@ -70,71 +64,6 @@ def coco_results(
             entry["keypoints"] = predictions.keypoints[i].flatten().tolist()
         entries.append(entry)
     return entries
-
-
-def coco_ground_truth(annotations: Annotations, kind: Kind = "bbox") -> dict[str, Any]:
-    """The split as a COCO dict, for the engines.
-
-    `segm`: an object without a mask is a region to ignore, neither missed nor a place for false positives.
-    """
-    objects: list[dict[str, Any]] = []
-    owners = np.repeat(annotations.image_ids, np.diff(annotations.first)).tolist()
-    columns = (annotations.boxes_xywh, annotations.labels, annotations.crowd, annotations.areas, annotations.object_ids)
-    for row, (box, label, crowd, area, number) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-        category = int(annotations.category_ids[label])
-        item = {"id": number, "image_id": owners[row], "category_id": category, "bbox": box, "area": area}
-        item["iscrowd"] = int(crowd)
-        if kind == "segm" and annotations.segments is not None:
-            x, y, w, h = box
-            segmentation = annotations.segments.coco(row)
-            item["segmentation"] = segmentation or [[x, y, x + w, y, x + w, y + h, x, y + h]]
-            item["iscrowd"] = int(crowd or not segmentation)
-        if kind == "keypoints" and annotations.keypoints is not None:
-            item["keypoints"] = annotations.keypoints[row].astype(np.float64).ravel().tolist()
-            item["num_keypoints"] = int((annotations.keypoints[row, :, 2] > 0).sum())
-        objects.append(item)
-    images = [
-        {"id": number, "height": height, "width": width, "file_name": name}
-        for number, (height, width), name in zip(
-            annotations.image_ids.tolist(), annotations.sizes.tolist(), annotations.file_names, strict=True
-        )
-    ]
-    categories = [
-        {"id": number, "name": name}
-        for number, name in zip(annotations.category_ids.tolist(), annotations.classes, strict=True)
-    ]
-    return {"info": {}, "images": images, "annotations": objects, "categories": categories}
-
-
-def coco_evaluation(truth: dict[str, Any], results: list[dict[str, Any]], kind: Kind, engine: str) -> dict[str, Any]:
-    """`precision` (IoU thresholds, 101 recalls, C by ascending id, areas, limits) and `recall` (IoU, C, areas, limits).
-
-    -1 where there is no ground truth. Without any results it is hotcoco whatever the engine: pycocotools fails on none.
-    """
-    # Without its bbox, a detection's area is that of its mask or its keypoints' extent: COCO's definition.
-    keys = {"image_id", "category_id", "score", {"segm": "segmentation"}.get(kind, kind)}
-    results = [{key: value for key, value in entry.items() if key in keys} for entry in results]
-    points = next((len(o["keypoints"]) // 3 for o in truth["annotations"] if "keypoints" in o), 17)
-    evaluation: Any
-    with contextlib.redirect_stdout(io.StringIO()):
-        if engine == "hotcoco" or not results:
-            import hotcoco
-
-            ground = hotcoco.COCO(truth)
-            evaluation = hotcoco.COCOeval(ground, ground.load_res(results), kind)
-        else:
-            from pycocotools.coco import COCO
-            from pycocotools.cocoeval import COCOeval
-
-            ground = COCO()
-            ground.dataset = truth
-            ground.createIndex()
-            evaluation = COCOeval(ground, ground.loadRes(results), kind)
-        if kind == "keypoints" and points != 17:
-            evaluation.params.kpt_oks_sigmas = np.full(points, OTHER_SIGMA)
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return {name: np.asarray(evaluation.eval[name]) for name in ("precision", "recall")}
 
 
 class CocoEvaluator:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from detbb.data.annotations import Annotations, PackedStrings, Segments
-from detbb.data.coco_file import Category, CocoFile, Image, Object
+from detbb.data.coco_file import Category, CocoFile, Image, Object, no_garbage_collection
 from detbb.data.faults import FARTHEST, Faults, Rows, arrange, choose_classes
 from detbb.data.images import BadImage, image_header, name_fault, safe_join
 from detbb.data.spread import spread
@@ -26,19 +24,7 @@ _SIDE = re.compile(r"left|right|(?<![^\W_])[lr](?![^\W_])")
 _OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Millions of new objects and no cycles: the collector would search through them again and again, for nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_no_garbage_collection()  # around the function, so that its objects are gone when collecting goes on
+@no_garbage_collection()  # around the function, so that its objects are gone when collecting goes on
 def read_coco(
     images: Path,
     annotations: Path,

@@ -14,10 +14,11 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
+from detbb.coco_engines import Kind
 from detbb.data.annotations import Annotations
 from detbb.data.batch import Batch, ImageSize, Target
 from detbb.errors import UserError
-from detbb.evaluators import CocoEvaluator, Kind
+from detbb.evaluators import CocoEvaluator
 from detbb.heads.base import Evaluator, Head, HeadSpec, Predictions
 from detbb.heads.dense import precise
 from detbb.heads.rpn import SMOOTH_L1_BETA, Rpn, RpnConfig, RpnOutput, count_for
