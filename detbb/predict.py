@@ -106,13 +106,16 @@ def above(predictions: Predictions, threshold: float) -> Predictions:
 
 def find_images(inputs: Sequence[str | Path], output_dir: Path | None) -> Iterator[tuple[Path, Path]]:
     """Files, and their names below their input folder; what lies in an `output_dir` inside a folder is no input."""
+    made = None if output_dir is None else output_dir.resolve()
     for item in map(Path, inputs):
         if not item.is_dir():
             yield item, Path(item.name)
             continue
-        made = output_dir is not None and output_dir.resolve() != item.resolve()
+        if item.resolve() == made:
+            why = "the next time its pictures would be predicted on"
+            raise UserError(f"--output-dir: {output_dir} is an input, too, and {why}; name another folder")
         for name in list_images(item):
-            if not (made and (item / name).resolve().is_relative_to(output_dir.resolve())):  # type: ignore[union-attr]
+            if made is None or not (item / name).resolve().is_relative_to(made):
                 yield item / name, Path(name)
 
 

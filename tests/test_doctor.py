@@ -114,6 +114,23 @@ def test_images_that_share_a_mask_are_copied_and_not_linked(tmp_path):
     assert [p.name for p in copies].count("7.png") == 2 and all(p.stat().st_nlink == 1 for p in copies)
 
 
+def test_what_masks_and_keypoints_lack_is_said(tmp_path):
+    data = DataSet(tmp_path / "data")
+    for category in data.json["train"]["categories"]:
+        category["keypoints"] = ["head", "tail"]
+    config = config_of(tmp_path, data)
+    for row, segmentation in enumerate([[[1, 1, 9, 1, 9, 9]], {"size": [30, 40], "counts": [1200]}, []]):
+        data.set(f"train/annotations/{row}/segmentation", segmentation)
+        data.set(f"train/annotations/{row}/keypoints", [2, 2, 2, 5, 5, 2])
+    unmasked = "object without a mask (not trained for segm), annotation ids"
+    for augment, count in (("default", 2), ("none", 0), ([{"type": "Blur"}], 0), ([{"type": "VerticalFlip"}], 2)):
+        data.options["augment"] = augment
+        config.data = {"shapes": data.source()}
+        rows = {f.kind: f for _, _, f in examine(config.data).rows()}
+        assert rows[unmasked].first[0] == data.json["train"]["annotations"][2]["id"]
+        assert sum(f.count for kind, f in rows.items() if kind.startswith("keypoint name without")) == count
+
+
 def test_a_second_pass_looks_at_no_file_until_one_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(file_checks, "REMEMBERED_FROM_S", 0.0)

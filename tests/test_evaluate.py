@@ -287,6 +287,8 @@ def test_earlier_pictures_inside_an_input_folder_are_no_inputs(tmp_path: Path) -
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [str(name) for _, name in find_images([tmp_path], tmp_path / "out")] == ["other/y.jpg", "x.png"]
+    with pytest.raises(UserError, match=r"--output-dir: .* is an input, too"):
+        list(find_images([tmp_path / "x.png", tmp_path], tmp_path / "other" / ".."))
 
 
 def test_only_bad_inputs_exit_with_2(

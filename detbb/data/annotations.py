@@ -98,6 +98,12 @@ class Segments:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def empty(self) -> np.ndarray:
+        """(M,) bool: objects with neither a polygon nor a run-length code."""
+        empty = np.diff(self._first) == 0
+        empty[self._rle_rows] = False
+        return empty[self._rows]
+
     def polygons(self, index: int) -> list[np.ndarray]:
         row = self._rows[index]
         return [

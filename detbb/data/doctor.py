@@ -6,6 +6,7 @@ starts with it, and `tools/check_data.py` shows it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -112,7 +113,7 @@ def examine(data: Mapping[str, DataConfig], *, files: bool = True) -> Report:
                 found[split] = Split(name, split, origin, None, [Fault("cannot be read:", 1, (reason,), False)])
             else:
                 if annotations is not None:
-                    faults = [*annotations.faults, *_of_set(annotations, split)]
+                    faults = [*annotations.faults, *_of_set(annotations, split, source.augment)]
                     found[split] = Split(name, split, origin, annotations, faults, _notes(annotations, split))
         if files:
             splits = {split: s.annotations for split, s in found.items() if s.annotations is not None}
@@ -123,12 +124,16 @@ def examine(data: Mapping[str, DataConfig], *, files: bool = True) -> Report:
     return report
 
 
-def _of_set(annotations: Annotations, split: str) -> list[Fault]:
+def _of_set(annotations: Annotations, split: str, augment: object) -> list[Fault]:
     faults = Faults("", strict=False)
     if not len(annotations):
         faults.refuse("empty set: no image that can be used", [""])
     elif split == "train" and annotations.has("boxes") and not len(annotations.labels):
         faults.refuse("empty set: no object to learn from", [""])
+    names = annotations.keypoint_names
+    mirrors = split == "train" and re.search("default|Flip|Transpose|D4|SquareSymmetry", str(augment))
+    if mirrors and len(names) > 1 and not annotations.flip_pairs:
+        faults.repair("keypoint name without left and right (in mirrored images they do not change places):", names)
     return faults.found
 
 
@@ -140,5 +145,8 @@ def _notes(annotations: Annotations, split: str) -> list[Fault]:
     if len(ids) and not np.array_equal(np.sort(ids), np.arange(ids.min(), ids.min() + len(ids))):
         notes.repair("category ids with gaps (labels count from 0, results have these ids):", np.sort(ids))
     notes.repair("crowd (evaluation knows it, training leaves it out), ids", annotations.object_ids[annotations.crowd])
+    if annotations.segments is not None:
+        unmasked = annotations.object_ids[annotations.segments.empty() & ~annotations.crowd]
+        notes.repair("object without a mask (not trained for segm), annotation ids", unmasked)
     notes.repair("file name beyond ASCII:", [name for name in annotations.file_names if not name.isascii()])
     return notes.found
