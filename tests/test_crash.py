@@ -103,7 +103,7 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_there(tmp_path, images,
     room = len(before["last.pt"]) // 2
     assert Job(tmp_path, OPTIONS, data=images, faults=[room]).wait() == [2]
     error = (tmp_path / "out.txt").read_text().splitlines()[-1]
-    assert error.startswith("error: disk full: cannot write") and "run/checkpoints/best.pt" in error
+    assert error.startswith("error: disk full: cannot write") and "run/checkpoints/step_0000005.pt" in error
     assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()} == before
     train_to_end(tmp_path, OPTIONS, data=images)
     assert differences(tmp_path / "run", whole) == []
