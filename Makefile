@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/shapes_fcos.yaml
 ARGS ?=
+BENCH ?= runs/benchmarks
 
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
+benchmarks := train_step stage_two trainer ema memory evaluation start_up scaling overfit
 
 .PHONY: help train test check format docs fuzz soak bench
 .DEFAULT_GOAL := help
@@ -39,9 +41,9 @@ fuzz: $(installed)  ## 5,000 inputs that nobody foresaw: configs, annotations, c
 soak: $(installed)  ## 60 kills and 2,000 steps: is anything lost, does memory grow
 	$(bin)/python benchmarks/soak.py $(ARGS)
 
-bench: $(installed)  ## training steps and epochs against torchvision's, in turn
-	$(bin)/python benchmarks/train_step.py $(ARGS)
-	$(bin)/python benchmarks/stage_two.py $(ARGS)
+bench: $(installed)  ## every figure of docs/benchmarks.md, about an hour; JSON below BENCH
+	mkdir -p $(BENCH)
+	for name in $(benchmarks); do $(bin)/python benchmarks/$$name.py --json $(BENCH)/$$name.json $(ARGS) || exit 1; done
 
 $(installed): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
