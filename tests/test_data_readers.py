@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,9 @@ from detbb.data import read_split
 from detbb.data.annotations import Annotations
 from detbb.data.coco import flip_pairs, read_coco
 from detbb.data.semantic import read_mask
+from detbb.data.spread import spread
 from detbb.errors import UserError
+from detbb.stopping import StopSignals
 
 GOOD = [box(5, 7, [1, 2, 10, 20]), box(6, 0, [0, 0, 5, 5], 90), box(9, 7, [3.5, 4.25, 6, 7], 90, iscrowd=1)]
 
@@ -455,3 +461,43 @@ def test_runs_of_objects_on_several_processes_are_the_file_read_at_once(
         read(tmp_path, [*rows[:6], rows[6] | {"bbox": [1, 2, 3]}])
     with pytest.raises(UserError, match=r"1 x box that is not finite .* annotation ids 99"):
         read(tmp_path, [*rows, box(99, 7, [1, float("nan"), 2, 2])])
+
+
+def test_reading_on_several_processes_leaves_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+
+    def work(piece: int, *, end: Callable[[], object]) -> bytes:
+        if piece == 0:
+            end()
+        (tmp_path / f"{os.getpid()}").touch()
+        return bytes(1_000_000)  # more than a pipe holds
+
+    def refuse() -> None:
+        raise UserError("refused")
+
+    with StopSignals(), pytest.raises(UserError, match="refused"):  # the workers inherit a handler that ends nothing
+        spread(partial(work, end=refuse), range(3), least=1)
+    assert not multiprocessing.active_children()
+    for file in tmp_path.iterdir():
+        file.unlink()
+
+    def kill() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    arguments = (partial(work, end=kill), range(3))
+    killed = multiprocessing.get_context("fork").Process(target=spread, args=arguments, kwargs={"least": 1})
+    killed.start()
+    killed.join()
+    deadline = time.monotonic() + 10
+    while alive := [p.name for p in tmp_path.iterdir() if _runs(int(p.name))]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
