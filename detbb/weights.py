@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import sys
 import zipfile
@@ -11,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 import torchvision
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from detbb.array_pickle import read_arrays
 from detbb.errors import UserError
 from detbb.files import BadFile, load_tensors
 
@@ -58,14 +57,6 @@ CONVERT = (
 )
 LOAD_PICKLE = "pickle.load(open('IN','rb'),encoding='latin1')"
 LOAD_TORCH = "torch.load('IN',map_location='cpu',weights_only=False)"
-ARRAYS = {  # all that a pickle of NumPy arrays names
-    ("_codecs", "encode"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy._core.numeric", "_frombuffer"),
-}
 
 
 @dataclass
@@ -156,7 +147,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
     except BadFile as error:
         pickled = path.suffix == ".pkl" and not zipfile.is_zipfile(path)
-        content = _read_arrays(path) if pickled else None
+        content = read_arrays(path) if pickled else None
         if content is None:
             hint = CONVERT.format(load=LOAD_PICKLE if pickled else LOAD_TORCH) if "other than" in str(error) else ""
             raise UserError(f"backbone.weights: {error}{hint}") from error
@@ -167,33 +158,6 @@ def read_tensors(path: Path) -> dict[str, Any]:
             f"backbone.weights: {path} holds a {type(content).__name__}; valid is a dict of tensors by name"
         )
     return content
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Reads NumPy arrays in plain containers, as in Detectron2's .pkl; what names anything else is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy.core.", "numpy._core.")  # NumPy 1's name
-        if (module, name) not in ARRAYS:
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-def _read_arrays(path: Path) -> Any:
-    """What a pickle of NumPy arrays holds, as tensors; None if it holds anything else."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: convert(item) for name, item in value.items()}
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-            return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
-        return value
-
-    try:
-        with path.open("rb") as file:
-            return convert(_ArraysOnly(file, encoding="latin1").load())
-    except Exception:  # bytes that are no pickle raise anything
-        return None
 
 
 def to_torchvision(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:

@@ -221,6 +221,33 @@ def test_a_pickle_of_arrays_as_detectron2_has_them_loads(model, tmp_path):
             assert_holds(backbone, model, counters=False)
 
 
+def test_arrays_of_a_pickle_keep_shape_order_and_values(tmp_path):
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    arrays = {"c": values, "f": np.asfortranarray(values), "t": values.reshape(1, 2, 3).transpose(2, 0, 1)}
+    arrays |= {"big": values.astype(">f8"), "one": np.array(3), "flag": values > 2}
+    for protocol in range(2, 6):
+        path = tmp_path / f"{protocol}.pkl"
+        path.write_bytes(pickle.dumps(arrays, protocol))
+        found = read_tensors(path)
+        assert all(np.array_equal(found[name].numpy(), array) for name, array in arrays.items())
+
+
+class Call:
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return np.ndarray, self.arguments
+
+
+def test_a_pickle_of_arrays_cannot_make_pointers_of_bytes(tmp_path):
+    pointers = Call((1,), np.dtype("O"), b"A" * 8)
+    for content in ({"a": Call(pointers)}, {"a": np.array([None])}):  # the first ended the process
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, 4))
+        with pytest.raises(UserError, match="other than tensors"):
+            read_tensors(tmp_path / "x.pkl")
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
     [("IN.pkl", lambda content, path: path.write_bytes(pickle.dumps(content, 2))), ("IN.pth", torch.save)],
