@@ -15,6 +15,7 @@ import numpy as np
 
 from detbb import freeze
 from detbb.config import Config
+from detbb.data.batch import BATCH_STRIDE
 from detbb.data.reader import Reader
 from detbb.detector import Detector
 from detbb.distributed import agreed
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from detbb.data.annotations import Annotations
     from detbb.phases import Phase
 
-_STRIDE = 32  # padded sizes are multiples of it
 _VERSIONS = ("torch", "torchvision", "numpy", "cv2", "albumentations", "PIL", "detbb")
 
 
@@ -133,7 +133,7 @@ def _plan(config: Config, detector: Detector, source: str, annotations: Annotati
 
 
 def _padded(hw: tuple[int, int]) -> tuple[int, int]:
-    return -(-hw[0] // _STRIDE) * _STRIDE, -(-hw[1] // _STRIDE) * _STRIDE
+    return -(-hw[0] // BATCH_STRIDE) * BATCH_STRIDE, -(-hw[1] // BATCH_STRIDE) * BATCH_STRIDE
 
 
 def _place(config: Config, plans: Mapping[str, Plan]) -> str:

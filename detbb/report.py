@@ -131,6 +131,8 @@ class FreezeJournal:
         self, phase: Phase, report: Sequence[Row], notes: Sequence[str], *, digests: dict[str, str], step: int
     ) -> None:
         """Enter a phase at `step`; one that was begun before an interruption keeps what was verified."""
+        for entry in self._entries:  # of a run that had gone further than where this one goes on
+            entry["verified"] = [s for s in entry["verified"] if s <= step]
         before = [e for e in self._entries if e["phase"] <= phase.index and step in e["verified"]][-1:]
         known = {n: entry["since"][n] for entry in before for n in digests if entry["digests"].get(n) == digests[n]}
         verified = [e["verified"] for e in self._entries if e["phase"] == phase.index]

@@ -185,12 +185,10 @@ def enter(run: Run, phase: Phase) -> None:
 
 def step_batches(run: Run, phase: Phase) -> Generator[tuple[list[Batch], float]]:
     """This rank's share of each step as `accumulate` batches, and the seconds spent waiting for them."""
-    learning = run.learner.detector.learning()
-    used = {run.config.heads[name].data for name in learning}
     loader = train_loader(
-        {name: a for name, a in run.train_data.items() if name in used},
+        {source: run.train_data[source] for source in phase.sources},
         run.config,
-        needs=setup.needs_by_source(run.config, learning),
+        needs=setup.needs_by_source(run.config, run.learner.detector.learning()),
         stores=run.learner.prefix.stores if isinstance(run.learner.prefix, FeatureCache) else None,
         start_step=run.step,
         end_step=phase.end,

@@ -19,6 +19,8 @@ from detbb.checkpoint_folder import CheckpointFolder
 from detbb.errors import Stopped, UserError
 from detbb.evaluate import evaluate
 from detbb.freeze import FrozenTensorChanged
+from detbb.phases import Phase
+from detbb.report import FreezeJournal
 from detbb.resuming import Start, enter_run_folder
 from detbb.step import NonFinite
 from detbb.train import train
@@ -266,6 +268,17 @@ def test_without_the_journal_of_before_the_proof_begins_at_the_resume(tmp_path, 
     (tmp_path / "run" / "freeze.json").unlink()
     train(tiny_config(tmp_path, *options, data=images), resume=str(third))
     assert proofs(tmp_path / "run")[1:] == [("step 3", "backbone")]
+
+
+def test_a_resume_forgets_the_checks_of_steps_that_it_takes_again(tmp_path):
+    phase, path = Phase(0, 0, 4, ("backbone",)), tmp_path / "freeze.json"
+    journal = FreezeJournal(path, resumed=False)
+    journal.begin(phase, [], [], digests={"backbone.a": "1"}, step=0)
+    journal.verified(2)
+    journal.verified(4)
+    FreezeJournal(path, resumed=True).begin(phase, [], [], digests={"backbone.a": "1"}, step=2)
+    (entry,) = json.loads(path.read_text())["phases"]
+    assert entry["verified"] == [2] and entry["since"] == {"backbone.a": 0}
 
 
 def test_another_order_of_images_is_warned_about_at_a_resume(tmp_path, images):

@@ -71,7 +71,7 @@ class Segments:
 
     @staticmethod
     def join(parts: Sequence[Segments]) -> Segments:
-        """The objects of all parts in their order."""
+        """The objects of all parts in their order. parts: as made, nothing taken out of them."""
         whole = Segments([])
         rows = np.cumsum([0] + [len(part._first) - 1 for part in parts])
         polygons = np.cumsum([0] + [len(part._polygon_first) - 1 for part in parts])
