@@ -37,12 +37,12 @@ def spread(function: Callable[[P], R], pieces: Sequence[P], *, least: int) -> li
             sender.close()
             workers.append((worker, receiver))
         results = [function(piece) for piece in pieces[: ends[1]]]
-        for worker, receiver in workers:
+        for started, receiver in workers:
             try:
                 found = receiver.recv()
             except EOFError:
-                worker.join()
-                raise ChildProcessError(f"a process reading data ended with exit code {worker.exitcode}") from None
+                started.join()
+                raise ChildProcessError(f"a process reading data ended with exit code {started.exitcode}") from None
             if isinstance(found, Exception):
                 raise found
             results += found
