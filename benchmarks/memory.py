@@ -44,9 +44,9 @@ def peak(way: str, options: Any) -> float:
         made = train_step.learner(options.arch, options.head, ["backbone"], model)
         del model
         if way == "detbb, cache":
-            given = made.prefix(batch).given
-            batch.given = Given({n: t.clone() for n, t in given.levels.items()}, given.stage)
-            made.prefix = None
+            made.prefix, prefix = None, made.prefix  # still there, as in a run, for images that are not stored yet
+            stored = prefix(batch).given.levels
+            batch.given = Given(prefix.after, {name: level.clone() for name, level in stored.items()})
         step = train_step.step_of(made, batch)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew: building is not training

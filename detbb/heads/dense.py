@@ -163,10 +163,11 @@ class _NegativeFocal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, alpha: float, gamma: float) -> Tensor:
-        p, cost = logits.sigmoid(), F.softplus(logits)
-        scale = (1 - alpha) * p**gamma
-        ctx.save_for_backward(scale * (gamma * (1 - p) * cost + p))
-        return (scale * cost).sum(-1)
+        p, cost = logits.sigmoid(), F.softplus(logits)  # in place from here: finding memory took longer than computing
+        slope = p.neg().add_(1).mul_(gamma).mul_(cost).add_(p)
+        scale = p.pow_(gamma).mul_(1 - alpha)
+        ctx.save_for_backward(slope.mul_(scale))
+        return cost.mul_(scale).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
