@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -155,6 +156,7 @@ def stop_the_group() -> None:
     def interrupted(*args, **kwargs):
         if next(calls) == 3:
             os.killpg(0, signal.SIGTERM)
+            time.sleep(1)  # for workers that end on it to be missed
         return learn(*args, **kwargs)
 
     training.train_step = interrupted
