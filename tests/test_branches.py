@@ -26,14 +26,7 @@ from detbb.train import train
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "checkpoint.py"
 COMMANDS = ("show", "diff", "extract", "attach", "remove")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unsynced():
-    """Many files are written, and nothing here is about power cuts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 @pytest.fixture(scope="module")

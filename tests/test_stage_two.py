@@ -20,14 +20,7 @@ from detbb.train import train
 
 FROZEN = "freeze=[backbone, neck, heads.first]"
 SHARED = ("backbone.", "neck.")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unsynced():
-    """Many files are written, and nothing here is about power cuts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 @pytest.fixture(scope="module")

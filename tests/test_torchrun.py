@@ -237,15 +237,15 @@ def test_two_nodes_of_which_one_is_killed_start_again_and_end_with_the_same_bits
     options += ("--rdzv-id=two", "--max-restarts=2", "--local-addr=localhost")
     quick = "keep_alive_interval=1,keep_alive_max_attempt=2,last_call_timeout=1,is_host="
 
-    def agent(name: str, host: bool = False) -> Job:
+    def node(name: str, host: bool = False) -> Job:
         conf = f"--rdzv-conf={quick}{int(host)}"
         return torchrun(file, tmp_path / f"{name}.txt", *options, conf, arguments=("heads.shapes.faults=[pause@3]",))
 
-    stays, dies = agent("stays", host=True), agent("dies")
+    stays, dies = node("stays", host=True), node("dies")
     stays.wait_for(lambda: stays.times("FAULT") or dies.times("FAULT"))
     dies.process.kill()
     killed = time.time()
-    comes = agent("comes")
+    comes = node("comes")
     stays.end(), comes.end(), dies.end()
     assert (stays.process.returncode, comes.process.returncode) == (0, 0), stays.text + comes.text
     assert processes_of(file) == []
