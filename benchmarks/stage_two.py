@@ -123,12 +123,14 @@ class Setting:
     def floor(self) -> Callable[[], None]:
         """Steps on batches whose features are in memory already."""
         made = self.learner()
-        given = [made.prefix(batch) for batch in self.batches(0, None)]
+        given = [made.prefix(batch.to(torch.device("cpu"))) for batch in self.batches(0, None)]
         optimizer, head = made.optimizer, made.detector.head("it")
 
         def epoch() -> None:
             for batch in given:
-                total = torch.stack(list(head.loss(head(batch.given.levels), batch).values())).sum()
+                total = torch.stack(
+                    list(head.loss(head.output_to_learn_from(batch.given.levels, batch), batch).values())
+                ).sum()
                 optimizer.zero_grad(set_to_none=True)
                 total.backward()
                 optimizer.step()

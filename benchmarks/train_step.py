@@ -120,6 +120,7 @@ def step_of(made: Learner, batch: Batch) -> Callable[[], dict[str, Tensor]]:
 def breakdown(made: Learner, batch: Batch, repeats: int) -> dict[str, float]:
     """Medians in ms of a step's parts."""
     times: dict[str, list[float]] = {}
+    batch = batch.to(torch.device("cpu"))
     for _ in range(repeats + 1):
         marks = [time.perf_counter()]
         given = made.prefix(batch) if made.prefix is not None else batch
@@ -129,7 +130,7 @@ def breakdown(made: Learner, batch: Batch, repeats: int) -> dict[str, float]:
         )
         marks.append(time.perf_counter())
         head = made.detector.head("it")
-        output = head(features)
+        output = head.output_to_learn_from(features, batch)
         marks.append(time.perf_counter())
         total = torch.stack(list(head.loss(output, batch).values())).sum()
         marks.append(time.perf_counter())

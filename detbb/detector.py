@@ -135,7 +135,7 @@ class Detector(nn.Module):
         losses: dict[str, Tensor] = {}
         for name in names:
             head = self.head(name)
-            for loss, value in head.loss(head(features), batch).items():
+            for loss, value in head.loss(head.output_to_learn_from(features, batch), batch).items():
                 losses[f"{name}/{loss}"] = value * self.loss_weights.get(name, 1.0)
         if world_size() > 1 and self.training:
             trained, reached = self.trained(), _reached_parameters(losses.values())

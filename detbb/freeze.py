@@ -110,11 +110,6 @@ def averaged_names(detector: Detector) -> list[str]:
     return [n for n, t in detector.state_dict().items() if n in names and t.is_floating_point()]
 
 
-def moving_norms(detector: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Norms whose running statistics move in training as the modules stand now."""
-    return ((name, norm) for name, norm in norm_modules(detector) if norm.training and has_running_stats(norm))
-
-
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes (hex)."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from detbb.config import TrainConfig
 from detbb.data.batch import Batch, Given, ImageSize
 from detbb.detector import Detector
-from detbb.freeze import moving_norms
+from detbb.norm import moving_norms
 from detbb.step import AUTOCAST
 
 

@@ -185,6 +185,11 @@ def has_running_stats(module: nn.Module) -> bool:
     return is_norm(module) and not frozen and getattr(module, "running_mean", None) is not None
 
 
+def moving_norms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Norms whose running statistics move in training as the modules stand now."""
+    return ((name, norm) for name, norm in norm_modules(module) if norm.training and has_running_stats(norm))
+
+
 @torch.no_grad()
 def average_statistics(module: nn.Module) -> Tensor | None:
     """Replace running statistics that move by their mean over ranks, whose shares are equal; None on a single process.
@@ -193,7 +198,7 @@ def average_statistics(module: nn.Module) -> Tensor | None:
     """
     if world_size() == 1:
         return None
-    norms = [m for _, m in norm_modules(module) if has_running_stats(m) and m.training and type(m) is not SyncBatchNorm]
+    norms = [m for _, m in moving_norms(module) if type(m) is not SyncBatchNorm]
     buffers = [b for norm in norms for b in norm.buffers(recurse=False) if b.is_floating_point()]
     if not buffers:
         return None

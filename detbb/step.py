@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detbb import freeze, optim
+from detbb import optim
 from detbb.config import TrainConfig
 from detbb.data.batch import Batch
 from detbb.detector import Detector
 from detbb.distributed import all_gather_objects, maximum, mean, rank, world_size
 from detbb.ema import Ema
 from detbb.files import save_tensors
-from detbb.norm import average_statistics
+from detbb.norm import average_statistics, moving_norms
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -174,7 +174,7 @@ def _refuse(learner: Learner, batches: list[Batch], sums: dict[str, Tensor], *, 
 
 
 def _moving_statistics(detector: Detector) -> list[tuple[Tensor, Tensor]]:
-    return [(b, b.clone()) for _, m in freeze.moving_norms(detector) for b in m.buffers(recurse=False)]
+    return [(b, b.clone()) for _, m in moving_norms(detector) for b in m.buffers(recurse=False)]
 
 
 def _plain(batch: Batch) -> dict[str, Any]:

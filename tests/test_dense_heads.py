@@ -15,7 +15,7 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from detbb.data.annotations import Annotations, PackedStrings
 from detbb.data.batch import ImageSize
 from detbb.errors import UserError
-from detbb.heads import HEADS
+from detbb.heads import HEADS, dense
 from detbb.heads.classify import ClassifyHead
 from detbb.heads.dense import giou_loss
 from detbb.heads.fcos import FcosHead
@@ -38,6 +38,24 @@ def test_focal_loss_and_its_gradient_equal_torchvisions(alpha, gamma):
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     ours, theirs = (torch.autograd.grad(value, x, retain_graph=True)[0] for value in (loss, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_focal_loss_is_exact_in_float32_however_it_is_divided(monkeypatch):
+    head = make_head(FcosHead)
+    x = torch.cat([torch.linspace(-60, 60, 20_000), torch.linspace(-1, 1, 10_000)]).view(-1, 4).requires_grad_()
+    loss = head.negative_loss(x)
+    (slope,) = torch.autograd.grad(loss.sum(), x)
+    exact_x = x.detach().double().requires_grad_()
+    exact = head.negative_loss(exact_x)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-37)  # p to the power of 2 has p's error twice
+    (exact_slope,) = torch.autograd.grad(exact.sum(), exact_x)
+    torch.testing.assert_close(slope.double(), exact_slope, rtol=1e-5, atol=1e-37)
+    for elements in (1, 1000, 1 << 30):
+        monkeypatch.setattr(dense, "CACHED_ELEMENTS", elements)
+        divided = head.negative_loss(x)
+        torch.testing.assert_close(divided, loss, rtol=1e-6, atol=1e-37)
+        torch.testing.assert_close(torch.autograd.grad(divided.sum(), x)[0], slope, rtol=1e-6, atol=1e-37)
+    assert head.negative_loss(torch.zeros(2, 0, 3, requires_grad=True)).shape == (2, 0)
 
 
 def test_giou_loss_and_its_gradient_equal_torchvisions():

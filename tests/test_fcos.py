@@ -62,6 +62,69 @@ def test_every_cell_learns_the_box_that_torchvision_gives_it(radius, seed):
     assert torch.equal(matched, torch.stack(caught[0]))
 
 
+def learned(head, features, batch, output_of):
+    """Losses, and the gradients of features and parameters."""
+    given = {level: f.detach().clone().requires_grad_() for level, f in features.items()}
+    head.zero_grad(set_to_none=True)
+    losses = head.loss(output_of(given, batch), batch)
+    sum(losses.values()).backward()
+    return [*losses.values(), *(f.grad for f in given.values()), *(p.grad for p in head.parameters())]
+
+
+def convolved(head):
+    """Adds the heights of what the box tower computes to the list that it gives."""
+    heights = []
+    head.regression_head.bbox_reg.register_forward_hook(lambda _, given, __: heights.append(given[0].shape[2]))
+    return heights
+
+
+@pytest.mark.parametrize(
+    ("sides", "levels"),
+    [
+        ([], {"p7"}),
+        ([5], {"p3", "p7"}),
+        ([63.9], {"p3", "p7"}),
+        ([64.1], {"p3", "p4", "p7"}),
+        ([127.8], {"p3", "p4", "p7"}),
+        ([128.2, 140], {"p4", "p5", "p7"}),
+        ([300], {"p5", "p6", "p7"}),
+        ([40, 520], {"p3", "p6", "p7"}),
+    ],
+)
+def test_levels_that_learn_no_box_are_not_computed_and_change_no_bit(sides, levels):
+    hw = (160, 544)
+    batch, features = make_batch((hw, hw), padded=hw), make_features(LEVELS, hw)
+    generator = torch.Generator().manual_seed(len(levels))
+    for target in batch.targets:
+        target.boxes, target.labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
+    corners = [torch.rand(2, generator=generator) * torch.tensor([543 - side, 120]) for side in sides]
+    boxes = [torch.tensor([x, y, x + side, y + min(side, 39)]) for (x, y), side in zip(corners, sides, strict=True)]
+    if boxes:
+        batch.targets[1].boxes, batch.targets[1].labels = torch.stack(boxes), torch.arange(len(boxes)) % 3
+    head = make_head(FcosHead, **DEFAULTS).train()
+    whole = learned(head, features, batch, lambda given, _: head(given))
+    heights = convolved(head)
+    found = learned(head, features, batch.to(torch.device("cpu")), head.output_to_learn_from)
+    assert heights == [features[level].shape[2] for level in LEVELS if level in levels]
+    for a, b in zip(whole, found, strict=True):
+        assert torch.equal(torch.zeros_like(a) if b is None else b, a)
+    assert not [name for name, p in head.named_parameters() if p.grad is None]
+
+
+def test_no_level_is_left_out_where_none_can_be():
+    """Statistics that move see every level, and without the boxes' sizes at hand nobody knows."""
+    hw = (96, 128)
+    batch, features = make_batch((hw, hw), padded=hw), make_features(LEVELS, hw)
+    moving = make_head(FcosHead, norm="bn").train()
+    heights = convolved(moving)
+    moving.output_to_learn_from(features, batch.to(torch.device("cpu")))
+    assert len(heights) == 5
+    fixed = make_head(FcosHead).train()
+    heights = convolved(fixed)
+    fixed.output_to_learn_from(features, batch)
+    assert len(heights) == 5
+
+
 def test_of_boxes_with_tied_areas_the_first_wins():
     head, features = make_head(FcosHead), make_features(LEVELS)
     same = torch.tensor([[20.0, 20.0, 44.0, 44.0]]).repeat(3, 1)

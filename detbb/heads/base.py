@@ -88,10 +88,10 @@ class Head(nn.Module):
     """A branch on shared features.
 
     Subclasses set `Config` (a HeadConfig dataclass with a doc line per field), `needs` and `main_metric`, and fill in
-    the methods. `forward` + `loss` run in training, `forward` + `decode` in evaluation; neither looks at
-    `self.training`, which is for norms and dropout alone. Every parameter of the head must take part in every loss,
-    also for a batch without objects. Loss sums are divided by `shared_count` (detbb/distributed.py), so that the number
-    of processes does not matter.
+    the methods. `output_to_learn_from` (`forward`, if a head does not say otherwise) + `loss` run in training,
+    `forward` + `decode` in evaluation; none looks at `self.training`, which is for norms and dropout alone. Every
+    parameter of the head must take part in every loss, also for a batch without objects. Loss sums are divided by
+    `shared_count` (detbb/distributed.py), so that the number of processes does not matter.
     """
 
     Config: ClassVar[type[HeadConfig]] = HeadConfig
@@ -110,6 +110,10 @@ class Head(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> HeadOutput:
         """`features[level]`: (B, C, H / stride, W / stride), of the padded batch."""
         raise NotImplementedError
+
+    def output_to_learn_from(self, features: dict[str, Tensor], batch: Batch) -> HeadOutput:
+        """`forward`, without what cannot matter to the loss of this batch, nor to any gradient."""
+        return self(features)
 
     def loss(self, output: HeadOutput, batch: Batch) -> dict[str, Tensor]:
         """Scalars by name (`loss_cls`, `loss_box_reg`, …); all are summed."""

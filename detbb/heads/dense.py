@@ -23,6 +23,8 @@ from detbb.evaluators import CocoEvaluator
 from detbb.heads.base import Evaluator, Head, HeadConfig, HeadSpec, Predictions
 from detbb.norm import norm_layer
 
+CACHED_ELEMENTS = 1 << 17  # of a tensor, for a chain of operations to find it in a core's cache
+
 
 @dataclass
 class DenseConfig(HeadConfig):
@@ -163,15 +165,34 @@ class _NegativeFocal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, alpha: float, gamma: float) -> Tensor:
-        p, cost = logits.sigmoid(), F.softplus(logits)  # in place from here: finding memory took longer than computing
-        slope = p.neg().add_(1).mul_(gamma).mul_(cost).add_(p)
-        scale = p.pow_(gamma).mul_(1 - alpha)
-        ctx.save_for_backward(slope.mul_(scale))
-        return cost.mul_(scale).sum(-1)
+        flat = logits.flatten(0, -2)
+        loss, slopes = flat.new_empty(len(flat)), torch.empty_like(flat)
+        rows = len(flat) if flat.is_cuda else max(CACHED_ELEMENTS // max(flat.shape[1], 1), 1)
+        for x, cost, slope in zip(*(t.split(max(rows, 1)) for t in (flat, loss, slopes)), strict=True):
+            p, minus_log = x.sigmoid(), _softplus(x)
+            torch.neg(p, out=slope).add_(1).mul_(gamma).mul_(minus_log).add_(p)
+            scale = p.pow_(gamma).mul_(1 - alpha)
+            slope.mul_(scale)
+            torch.sum(minus_log.mul_(scale), -1, out=cost)
+        ctx.save_for_backward(slopes.view_as(logits))
+        return loss.view(logits.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad[..., None] * ctx.saved_tensors[0], None, None
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), to rounding.
+
+    On CPU, PyTorch's log1p takes one number at a time and its log many. log(u) + (e - (u - 1)) / u with u = 1 + e is
+    log1p(e) to rounding, since u - 1 and the difference are exact.
+    """
+    if x.is_cuda:
+        return F.softplus(x)
+    e = x.abs().neg_().exp_()
+    u = e + 1
+    return u.log().add_(e.sub_(u - 1).div_(u)).add_(x.clamp(min=0))
 
 
 def precise(x: Tensor) -> Tensor:

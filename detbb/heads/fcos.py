@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from detbb.data.batch import Batch
 from detbb.distributed import shared_count
 from detbb.heads.base import HeadSpec
 from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, Grid, batch_boxes, giou_loss, precise, tower_norm
+from detbb.norm import moving_norms
 
 
 @dataclass
@@ -53,6 +56,9 @@ class FcosHead(DenseHead):
             self.in_channels, 1, self.num_classes, config.num_convs, config.prior_probability, norm
         )
         self.regression_head = FCOSRegressionHead(self.in_channels, 1, config.num_convs, norm)
+        for module in self.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = True  # no norm needs its output again
         sides = tuple((spec.strides[level],) for level in self.picked_levels)
         self.anchor_generator = AnchorGenerator(sides, ((1.0,),) * len(sides))
         self.box_coder = BoxLinearCoder(normalize_by_size=True)
@@ -61,6 +67,33 @@ class FcosHead(DenseHead):
         maps = [features[level] for level in self.picked_levels]
         deltas, centerness = self.regression_head(maps)
         return DenseOutput(self.classification_head(maps), deltas, centerness.squeeze(2), self.grids(maps))
+
+    def output_to_learn_from(self, features: dict[str, Tensor], batch: Batch) -> DenseOutput:
+        """As `forward`, with zeros as deltas and centre-ness on levels where no cell can learn a box of this batch.
+
+        Their values have no part in the loss and their gradients are exactly 0, so neither tower nor gradient is
+        computed there. Not where statistics move, which see every level; always the coarsest, for the parameters' sake.
+        """
+        whole = type(self).forward is not FcosHead.forward  # of a subclass, which knows better
+        if whole or batch.longest_sides is None or any(moving_norms(self.regression_head)):
+            return self(features)
+        maps = [features[level] for level in self.picked_levels]
+        grids = self.grids(maps)
+        sides = batch.longest_sides
+        learn = [any(low < 1.001 * side and 0.999 * side < 2 * high for side in sides) for low, high in _ranges(grids)]
+        learn[-1] = True
+        found = self.regression_head(list(compress(maps, learn)))
+        cells = [g.height * g.width for g in grids]
+        computed = zip(*(part.split(list(compress(cells, learn)), dim=1) for part in found), strict=True)
+        deltas, centerness = zip(
+            *(
+                next(computed) if learns else [part.new_zeros(len(part), n, part.shape[2]) for part in found]
+                for learns, n in zip(learn, cells, strict=True)
+            ),
+            strict=True,
+        )
+        logits = self.classification_head(maps)
+        return DenseOutput(logits, torch.cat(deltas, 1), torch.cat(centerness, 1).squeeze(2), grids)
 
     def boxes(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         return self.box_coder.decode(deltas, anchors)
@@ -118,10 +151,8 @@ class FcosHead(DenseHead):
     def nearby(self, boxes: Tensor, grids: tuple[Grid, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each level, cells around each box's centre (M, k), counted over all levels, and which may learn it."""
         first = 0
-        for number, grid in enumerate(grids):
+        for grid, (lower, upper) in zip(grids, _ranges(grids), strict=True):
             reach = self.config.center_sampling_radius * grid.nominal_stride
-            lower = 0.0 if number == 0 else 4.0 * grid.nominal_stride
-            upper = torch.inf if number == len(grids) - 1 else 8.0 * grid.nominal_stride
             column, far_x, near_x = _along_axis(boxes[:, 0], boxes[:, 2], (grid.width, grid.stride_x), reach)
             row, far_y, near_y = _along_axis(boxes[:, 1], boxes[:, 3], (grid.height, grid.stride_y), reach)
             far = torch.maximum(far_y[:, :, None], far_x[:, None, :])
@@ -129,6 +160,15 @@ class FcosHead(DenseHead):
             cell = first + row[:, :, None] * grid.width + column[:, None, :]
             yield cell.flatten(1), near.flatten(1)
             first += grid.height * grid.width
+
+
+def _ranges(grids: tuple[Grid, ...]) -> list[tuple[float, float]]:
+    """What each level learns: cells whose farthest side of the box is this far, in pixels, ends left out.
+
+    The farthest side is at least half of the box's longest one and at most all of it.
+    """
+    edges = [0.0, *(4.0 * grid.nominal_stride for grid in grids[1:])]
+    return [*zip(edges, [8.0 * grid.nominal_stride for grid in grids[:-1]] + [math.inf], strict=True)]
 
 
 def _along_axis(low: Tensor, high: Tensor, cells: tuple[int, int], reach: float) -> tuple[Tensor, Tensor, Tensor]:
