@@ -30,6 +30,7 @@ from detbb.files import sync_folder
 from detbb.frozen_prefix import FrozenPrefix
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+REST_AFTER = 20  # steps in a row without a miss, and the prefix rests: its copies are as large as the frozen weights
 _ROW = 64  # bytes of an index row: SHA-256 of the image file, SHA-256 of that and the record
 
 
@@ -143,6 +144,7 @@ class FeatureCache:
         self._prefix, self.stores = prefix, stores
         self._said = self._share()
         self._said_full = False
+        self._hits = 0  # steps in a row
 
     def __call__(self, batch: Batch) -> Batch:
         store = self.stores.get(batch.source)
@@ -151,6 +153,9 @@ class FeatureCache:
         device, sizes = batch.images.device, batch.sizes
         missing = [i for i, entry in enumerate(batch.entries) if not entry.stored]
         assert len(missing) == len(batch.images) and len(batch.entries) == len(sizes)
+        self._hits = 0 if missing else self._hits + 1
+        if self._hits == REST_AFTER:
+            self._prefix.rest()
         rows = {i: store.record(e.slot) for i, e in enumerate(batch.entries) if e.stored}
         at_once = 1 if device.type == "cpu" else max(len(missing), 1)
         for first in range(0, len(missing), at_once):

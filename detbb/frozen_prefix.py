@@ -7,7 +7,9 @@ key, no average, no DDP bucket, no digest knows of them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -40,7 +42,8 @@ class FrozenPrefix:
     """Gives batches what the frozen parts up to `after` make of their images.
 
     Make it anew whenever the detector's weights or what is frozen change. fold: with `fold_frozen: auto`, relative
-    differences to the modules themselves stay below 1e-4 in fp32 (rounding alone).
+    differences to the modules themselves stay below 1e-4 in fp32 (rounding alone). The folded copies are made when a
+    batch first needs them.
     """
 
     def __init__(self, detector: Detector, config: TrainConfig, *, say: Callable[[str], None] = print) -> None:
@@ -51,16 +54,9 @@ class FrozenPrefix:
         self.after = after
         self._detector = detector
         self._autocast = AUTOCAST.get(config.precision)
-        stages = detector.backbone.stages
-        self._stages: dict[str, nn.Module] = {
-            name: nn.Sequential(*detector.backbone.stage_modules(name)) for name in stages[: _position(stages, after)]
-        }
-        self._neck = detector.neck if after == "neck" else None
-        if config.fold_frozen == "auto":
-            dtype = self._autocast or detector.pixel_mean.dtype
-            pack = not config.compile and _can_pack(detector.pixel_mean.device, dtype)
-            self._stages = {name: folded(stage, dtype, pack=pack) for name, stage in self._stages.items()}
-            self._neck = folded(self._neck, dtype, pack=pack) if self._neck is not None else None
+        self._config = config
+        self._stages: dict[str, nn.Module] = {}
+        self._neck: nn.Module | None = None
         self._run = compiled(self._levels, "the frozen prefix", say) if config.compile else self._levels
 
     def __call__(self, batch: Batch) -> Batch:
@@ -69,8 +65,28 @@ class FrozenPrefix:
     @torch.no_grad()
     def levels(self, images: Tensor, sizes: list[ImageSize]) -> dict[str, Tensor]:
         """The outputs that later parts may read, by stage or level name, from (B, 3, H, W) uint8 images."""
+        if not self._stages:
+            self._make()
+            _give_back_memory()
         with torch.autocast(images.device.type, self._autocast, self._autocast is not None):
             return self._run(self._detector.normalize(images, sizes))
+
+    def rest(self) -> None:
+        """Let go of the copies until a batch needs them again; not of compiled ones, which take long to make."""
+        if not self._config.compile:
+            self._stages, self._neck = {}, None
+            _give_back_memory()
+
+    def _make(self) -> None:
+        detector = self._detector
+        names = detector.backbone.stages[: _position(detector.backbone.stages, self.after)]
+        self._stages = {name: nn.Sequential(*detector.backbone.stage_modules(name)) for name in names}
+        self._neck = detector.neck if self.after == "neck" else None
+        if self._config.fold_frozen == "auto":
+            dtype = self._autocast or detector.pixel_mean.dtype
+            pack = not self._config.compile and _can_pack(detector.pixel_mean.device, dtype)
+            self._stages = {name: folded(stage, dtype, pack=pack) for name, stage in self._stages.items()}
+            self._neck = folded(self._neck, dtype, pack=pack) if self._neck is not None else None
 
     def _levels(self, x: Tensor) -> dict[str, Tensor]:
         levels = {}
@@ -147,6 +163,12 @@ def _can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     usable = bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
     there = all(hasattr(torch.ops.mkldnn, n) for n in ("_reorder_convolution_weight", "_convolution_pointwise"))
     return device.type == "cpu" and dtype == torch.float32 and usable and there
+
+
+def _give_back_memory() -> None:
+    """Return what was freed to the system: glibc keeps it, in pieces that activations do not fit into."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _rests(part: nn.Module) -> bool:

@@ -33,7 +33,9 @@ def test_focal_loss_and_its_gradient_equal_torchvisions(alpha, gamma):
     target[rows, columns] = 1
     weight = torch.linspace(0.5, 2, 10, dtype=torch.float64)
 
-    loss = (head.negative_loss(x) * weight).sum() + (head.positive_extra(x[rows, columns]) * weight[rows]).sum()
+    pairs = torch.cat([rows, rows[:2]]), torch.cat([columns, torch.tensor([5, 3])])  # of the last two, none is present
+    present = torch.tensor([1.0] * 5 + [0.0] * 2, dtype=torch.float64)
+    loss = (head.focal_loss(x, *pairs, present) * weight).sum()
     expected = (sigmoid_focal_loss(x, target, alpha, gamma, reduction="none").sum(1) * weight).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     ours, theirs = (torch.autograd.grad(value, x, retain_graph=True)[0] for value in (loss, expected))
@@ -42,20 +44,36 @@ def test_focal_loss_and_its_gradient_equal_torchvisions(alpha, gamma):
 
 def test_focal_loss_is_exact_in_float32_however_it_is_divided(monkeypatch):
     head = make_head(FcosHead)
-    x = torch.cat([torch.linspace(-60, 60, 20_000), torch.linspace(-1, 1, 10_000)]).view(-1, 4).requires_grad_()
-    loss = head.negative_loss(x)
-    (slope,) = torch.autograd.grad(loss.sum(), x)
-    exact_x = x.detach().double().requires_grad_()
-    exact = head.negative_loss(exact_x)
-    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-37)  # p to the power of 2 has p's error twice
-    (exact_slope,) = torch.autograd.grad(exact.sum(), exact_x)
-    torch.testing.assert_close(slope.double(), exact_slope, rtol=1e-5, atol=1e-37)
-    for elements in (1, 1000, 1 << 30):
-        monkeypatch.setattr(dense, "CACHED_ELEMENTS", elements)
-        divided = head.negative_loss(x)
-        torch.testing.assert_close(divided, loss, rtol=1e-6, atol=1e-37)
-        torch.testing.assert_close(torch.autograd.grad(divided.sum(), x)[0], slope, rtol=1e-6, atol=1e-37)
-    assert head.negative_loss(torch.zeros(2, 0, 3, requires_grad=True)).shape == (2, 0)
+    logits = torch.cat([torch.linspace(-60, 60, 20_000), torch.linspace(-1, 1, 10_000)]).view(-1, 4)
+    pairs = torch.arange(0, len(logits), 3), torch.arange(0, len(logits), 3) % 4
+
+    def losses_and_slopes(x, present):
+        x = x.clone().requires_grad_()
+        losses = head.focal_loss(x, *pairs, torch.full(pairs[0].shape, present, dtype=x.dtype))
+        assert losses.shape == x.shape[:1]
+        return losses.detach(), torch.autograd.grad(losses.sum(), x)[0]
+
+    for present, least in ((0.0, 1e-37), (1.0, 1e-5)):  # a present class is added to the loss of its absence
+        found, exact = losses_and_slopes(logits, present), losses_and_slopes(logits.double(), present)
+        torch.testing.assert_close(
+            [t.double() for t in found], [*exact], rtol=1e-5, atol=least
+        )  # p twice, with its error
+        for elements in (1, 1000, 1 << 30):
+            with monkeypatch.context() as patch:
+                patch.setattr(dense, "CACHED_ELEMENTS", elements)
+                divided = losses_and_slopes(logits, present)
+            torch.testing.assert_close([*divided], [*found], rtol=1e-6, atol=least)
+    none = torch.zeros(0, dtype=torch.long)
+    assert head.focal_loss(torch.zeros(0, 3, requires_grad=True), none, none, torch.zeros(0)).shape == (0,)
+
+
+def test_focal_loss_refuses_a_second_backward_pass():
+    """Its slopes became the gradient of the first one."""
+    x, first = torch.zeros(4, 3, requires_grad=True), torch.arange(2)
+    loss = make_head(FcosHead).focal_loss(x, first, first, torch.ones(2)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_giou_loss_and_its_gradient_equal_torchvisions():

@@ -19,7 +19,7 @@ from detbb.config import DataConfig
 from detbb.data import read_split, train_loader
 from detbb.data.reader import Reader
 from detbb.errors import Stopped, UserError
-from detbb.feature_cache import DTYPES, FeatureCache, Plan, Store, folder_name, open_folder
+from detbb.feature_cache import DTYPES, REST_AFTER, FeatureCache, Plan, Store, folder_name, open_folder
 from detbb.frozen_prefix import FrozenPrefix
 
 training = importlib.import_module("detbb.train")
@@ -79,6 +79,28 @@ def test_losses_are_those_of_the_uncached_run_and_every_view_is_computed_once(po
         assert all(a[k] == pytest.approx(b[k], rel=1e-9) for k in a if isinstance(a[k], float))
     said = (cached / "log.txt").read_text()
     assert " GB in memory, 0 % stored" in said and ("feature cache: 100 % stored" in said or policy == "flips")
+
+
+def test_the_prefix_rests_while_nothing_is_missing(source):
+    rested: list[int] = []
+    missed = []
+    prefix = SimpleNamespace(
+        after="neck",
+        levels=lambda images, sizes: {n: f[None] for n, f in levels(1.0).items()},
+        rest=lambda: rested.append(cache.step),
+    )
+    store = Store(PLAN, None)
+    cache = FeatureCache(prefix, {"made": store})
+    for cache.step, batch in enumerate(
+        loader_of(source.annotations, source.config, batch_size=2, steps=60, store=store)
+    ):
+        if cache.step == 30:
+            store._index[:] = 0
+            store._trusted[:] = 0
+        missed += [cache.step] * (len(batch.images) > 0)
+        cache(batch)
+    assert missed[:2] == [0, 1] and 30 <= missed[2] <= missed[-1] < 40
+    assert rested == [1 + REST_AFTER, missed[-1] + REST_AFTER]
 
 
 def test_fp32_losses_differ_by_rounding_alone(tmp_path, images):

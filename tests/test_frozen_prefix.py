@@ -109,6 +109,17 @@ def test_fold_frozen_off_gives_the_very_bits():
             assert bits_differ(expected, got) == set()
 
 
+def test_copies_are_there_while_they_are_needed_and_come_back_with_the_same_bits():
+    detector, batch = detector_with(ALL), made_batch(0)
+    prefix = FrozenPrefix(detector, TrainConfig())
+    assert not prefix._stages
+    first = prefix(batch).given.levels
+    assert prefix._stages and prefix._neck is not None
+    prefix.rest()
+    assert not prefix._stages and prefix._neck is None
+    assert bits_differ(first, prefix(batch).given.levels) == set()
+
+
 class ConvNorm(nn.Sequential):
     def __init__(self, norm, *, bias=False, **conv):
         super().__init__(nn.Conv2d(8, 16, 3, padding=1, bias=bias, **conv), norm)

@@ -147,39 +147,49 @@ class DenseHead(Head):
     def class_tensors(self) -> tuple[str, ...]:
         return ("classification_head.cls_logits.weight", "classification_head.cls_logits.bias")
 
-    def negative_loss(self, logits: Tensor) -> Tensor:
-        """Focal loss of anchors that show no class: logits (…, C) to (…)."""
-        return _NegativeFocal.apply(logits, self.config.focal_alpha, self.config.focal_gamma)
+    def focal_loss(self, logits: Tensor, rows: Tensor, labels: Tensor, present: Tensor) -> Tensor:
+        """Focal loss of each row, summed over classes (Lin et al. 2017, equation 5): logits (N, C) to (N,).
 
-    def positive_extra(self, logits: Tensor) -> Tensor:
-        """What the focal loss of a logit grows by when its class is present. Same shape."""
-        present = self.config.focal_alpha * (-logits).sigmoid() ** self.config.focal_gamma * F.softplus(-logits)
-        return present - self.negative_loss(logits[..., None])
+        No class is present but those of P (row, label) pairs where `present` (P,) is 1 and not 0. Backward once.
+        """
+        return _FocalLoss.apply(logits, rows, labels, present, (self.config.focal_alpha, self.config.focal_gamma))
 
 
-class _NegativeFocal(torch.autograd.Function):
-    """(1 - alpha) * p^gamma * -log(1 - p), summed over classes (Lin et al. 2017, equation 5, for absent classes).
-
-    Nearly all logits are of this kind, so this is most of the loss's time: the slope is computed along with the value.
-    """
+class _FocalLoss(torch.autograd.Function):
+    """The loss and its slope at once; that becomes the gradient, so there is one tensor more of the logits' size."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, alpha: float, gamma: float) -> Tensor:
-        flat = logits.flatten(0, -2)
-        loss, slopes = flat.new_empty(len(flat)), torch.empty_like(flat)
-        rows = len(flat) if flat.is_cuda else max(CACHED_ELEMENTS // max(flat.shape[1], 1), 1)
-        for x, cost, slope in zip(*(t.split(max(rows, 1)) for t in (flat, loss, slopes)), strict=True):
-            p, minus_log = x.sigmoid(), _softplus(x)
-            torch.neg(p, out=slope).add_(1).mul_(gamma).mul_(minus_log).add_(p)
-            scale = p.pow_(gamma).mul_(1 - alpha)
-            slope.mul_(scale)
-            torch.sum(minus_log.mul_(scale), -1, out=cost)
-        ctx.save_for_backward(slopes.view_as(logits))
-        return loss.view(logits.shape[:-1])
+    def forward(
+        ctx: Any, logits: Tensor, rows: Tensor, labels: Tensor, present: Tensor, focal: tuple[float, float]
+    ) -> Tensor:
+        alpha, gamma = focal
+        losses, slopes = logits.new_empty(len(logits)), torch.empty_like(logits)
+        at_once = len(logits) if logits.is_cuda else CACHED_ELEMENTS // max(logits.shape[1], 1)
+        for x, loss, slope in zip(*(t.split(max(at_once, 1)) for t in (logits, losses, slopes)), strict=True):
+            cost = _absent(x, gamma, slope)
+            slope.mul_(1 - alpha)
+            torch.sum(cost.mul_(1 - alpha), -1, out=loss)
+        x = logits[rows, labels]
+        absent_slope, present_slope = torch.empty_like(x), torch.empty_like(x)
+        absent, there = _absent(x, gamma, absent_slope), _absent(-x, gamma, present_slope)
+        losses.index_add_(0, rows, (alpha * there - (1 - alpha) * absent) * present)
+        change = (alpha * present_slope + (1 - alpha) * absent_slope) * -present
+        slopes.index_put_((rows, labels), change, accumulate=True)
+        ctx.save_for_backward(slopes)
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad[..., None] * ctx.saved_tensors[0], None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.saved_tensors[0].mul_(grad[:, None]), None, None, None, None
+
+
+def _absent(x: Tensor, gamma: float, slope: Tensor) -> Tensor:
+    """p^gamma * -log(1 - p) with p = sigmoid(x), and its derivative in `slope`. A present class has that of -x."""
+    p, cost = x.sigmoid(), _softplus(x)
+    torch.neg(p, out=slope).add_(1).mul_(gamma).mul_(cost).add_(p)
+    scale = p.pow_(gamma)
+    slope.mul_(scale)
+    return cost.mul_(scale)
 
 
 def _softplus(x: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class FcosHead(DenseHead):
         target = torch.where(won, shares, 0.0).sqrt()
         box_loss = giou_loss(self.boxes(deltas[cell], anchors), boxes[box])
         centerness_loss = F.binary_cross_entropy_with_logits(centerness[cell], target, reduction="none")
-        cls_loss = self.negative_loss(logits).sum() + (self.positive_extra(logits[cell, labels[box]]) * weight).sum()
+        cls_loss = self.focal_loss(logits, cell, labels[box], weight).sum()
         return {
             "loss_cls": cls_loss / count,
             "loss_box_reg": (box_loss * weight).sum() / count,

@@ -73,10 +73,9 @@ class RetinaNetHead(DenseHead):
         labels = torch.cat([labels, labels.new_zeros(1)])
         matched_box = torch.where(positive, matched, len(boxes) - 1).flatten()
 
-        cls_loss = self.negative_loss(logits)
-        label = labels[matched_box].view_as(matched)
-        at_label = logits.gather(2, label[..., None]).squeeze(2)
-        cls_loss = (cls_loss + self.positive_extra(at_label) * positive) * (matched != IGNORED)
+        rows, shown = torch.arange(len(matched_box), device=matched.device), positive.flatten().to(logits.dtype)
+        cls_loss = self.focal_loss(logits.flatten(0, 1), rows, labels[matched_box], shown).view_as(matched)
+        cls_loss = cls_loss * (matched != IGNORED)
         target = self.box_coder.encode_single(boxes[matched_box], anchors.repeat(len(logits), 1)).view_as(deltas)
         box_loss = (deltas - target).abs().sum(2) * positive
 
