@@ -42,6 +42,7 @@ soak: $(installed)  ## 60 kills and 2,000 steps: is anything lost, does memory g
 	$(bin)/python benchmarks/soak.py $(ARGS)
 
 bench: $(installed)  ## every figure of docs/benchmarks.md, about an hour; JSON below BENCH
+	$(bin)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	mkdir -p $(BENCH)
 	for name in $(benchmarks); do $(bin)/python benchmarks/$$name.py --json $(BENCH)/$$name.json $(ARGS) || exit 1; done
 

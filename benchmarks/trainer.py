@@ -1,10 +1,11 @@
-"""What a run costs beyond its mathematics: whole training steps against bare ones on a batch in memory, in turn.
+"""What a run costs beyond its mathematics: whole steps against bare ones on a batch in memory, and Lightning's.
 
     python benchmarks/trainer.py                        # R18 FCOS, 256 x 256, batch 8, 2 workers
     python benchmarks/trainer.py --steps 20 --repeats 2 --json trainer.json
 
 A bare step: forward, backward and optimizer step on the same detector, nothing else. A whole step: what a run logs as
-`step_s`, with data, loss check, average, log and digests. Then: the share of a run that waits for data, and that checks
+`step_s`, with data, loss check, average, log and digests. Lightning's: the same detector, loader and optimizer, and its
+log of every step. Then: the share of a run that waits for data, and that checks
 digests; and the seconds of runs of several lengths over several numbers of images, with a straight line through them.
 """
 
@@ -22,9 +23,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import lightning
 import numpy as np
 import timing
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from detbb import freeze, load_config, train
 from detbb.data import read_split, train_loader
@@ -79,8 +82,44 @@ def bare_steps(config: Any, count: int) -> list[float]:
     return seconds
 
 
+class Peer(lightning.LightningModule):
+    def __init__(self, detector: torch.nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        losses = self.detector(batch)
+        self.log_dict({name: value.detach() for name, value in losses.items()}, batch_size=len(batch.targets))
+        return sum(losses.values())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.SGD(trained, 1e-6, 0.9, weight_decay=1e-4)
+
+
+class Clock(lightning.Callback):
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def lightning_steps(config: Any, count: int, folder: Path) -> list[float]:
+    """Seconds of each step but the first."""
+    data = {"made": read_split(config.data["made"], "train", "made")}
+    loader = train_loader(data, config, needs={"made": frozenset()}, start_step=0, end_step=count)
+    clock = Clock()
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(
+        max_steps=count, accelerator="cpu", logger=CSVLogger(folder), log_every_n_steps=1, callbacks=[clock], **quiet
+    )
+    trainer.fit(Peer(build_detector(config, {"it": data["made"].classes}).train()), loader)
+    return np.diff(clock.ends).tolist()
+
+
 def overhead(folder: Path, options: Any) -> list[dict[str, Any]]:
-    whole, bare, waiting, digests = [], [], [], []
+    whole, bare, peer, waiting, digests = [], [], [], [], []
     for turn in range(options.repeats):
         config = config_of(folder, options, images=64, steps=options.steps, name=f"run_{turn}")
         seconds, lines = whole_run(config)
@@ -90,16 +129,18 @@ def overhead(folder: Path, options: Any) -> list[dict[str, Any]]:
             sum(line["data_s"] for line in lines[skipped:]) / sum(line["step_s"] for line in lines[skipped:])
         )
         bare.append(statistics.median(bare_steps(config, options.steps)[skipped:]))
+        peer.append(statistics.median(lightning_steps(config, options.steps, folder / f"peer_{turn}")[skipped:]))
         detector = build_detector(config, {"it": ["a"]})
         began = time.perf_counter()
         freeze.digests(state := detector.state_dict(), [name for name in state if name.startswith("backbone.")])
         digests.append((time.perf_counter() - began) / seconds)
     row = timing.row(f"{options.arch}: step of a run against a bare one", {"whole run": whole, "bare": bare})
-    timing.show([row])
+    against = timing.row(f"{options.arch}: Lightning's step against a run's", {"Lightning": peer, "detbb": whole})
+    timing.show([row, against])
     shares = {"case": "share of a run", "waiting_for_data": statistics.median(waiting), "one_digest": max(digests)}
     print(f"waiting for data {shares['waiting_for_data']:.1%}, one check of the backbone's digests", end=" ")
     print(f"{shares['one_digest']:.3%} of the run")
-    return [row, shares]
+    return [row, against, shares]
 
 
 def growth(folder: Path, options: Any) -> dict[str, Any]:
