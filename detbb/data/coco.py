@@ -14,6 +14,7 @@ from detbb.data.annotations import Annotations, PackedStrings, Segments
 from detbb.data.coco_file import Category, CocoFile, Image, Object, no_garbage_collection
 from detbb.data.faults import FARTHEST, Faults, Rows, arrange, choose_classes
 from detbb.data.images import BadImage, image_header, name_fault, safe_join
+from detbb.data.remembered import Remembered
 from detbb.data.spread import spread
 from detbb.errors import UserError
 
@@ -24,7 +25,6 @@ _SIDE = re.compile(r"left|right|(?<![^\W_])[lr](?![^\W_])")
 _OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
-@no_garbage_collection()  # around the function, so that its objects are gone when collecting goes on
 def read_coco(
     images: Path,
     annotations: Path,
@@ -38,8 +38,23 @@ def read_coco(
     Labels follow the category ids, or the order of `classes` (objects of other classes are left out; with `exact` there
     may be none). Crowds are kept and flagged. A file without any box says what whole images are: each object gets a box
     around its image. Raises UserError for what cannot be repaired, with the first ids, unless `faults` is not strict.
+    What a large file became is remembered, if nothing else had a part in it.
     """
     faults = faults or Faults(annotations)
+    memory = Remembered(annotations, ("coco", None if classes is None else tuple(classes), exact))
+    if (recalled := memory.recall(images)) is not None:
+        faults.found += recalled.faults
+        return recalled
+    found = _read(images, annotations, classes, faults, exact=exact)
+    if all(f.repaired for f in found.faults) and not faults.of_images:
+        memory.remember(found)
+    return found
+
+
+@no_garbage_collection()  # around the function, so that its objects are gone when collecting goes on
+def _read(
+    images: Path, annotations: Path, classes: Sequence[str] | None, faults: Faults, *, exact: bool
+) -> Annotations:
     file = CocoFile(annotations)
     faults.refuse("category id used twice:", _repeated([c.id for c in file.categories]))
     categories = sorted({c.id: c for c in reversed(file.categories)}.values(), key=lambda c: c.id)
@@ -95,6 +110,7 @@ def _usable_images(root: Path, images: list[Image], faults: Faults) -> tuple[lis
     used = [i for i in images if id(i) not in left_out and i.id not in seen and not seen.add(i.id)]  # type: ignore[func-returns-value]
     sizes = np.array([(i.height, i.width) for i in used], dtype=np.float64).reshape(-1, 2)
     missing = (sizes == 0).any(axis=1)
+    faults.of_images |= bool(missing.any())
     unread: list[int] = []
     for k in np.flatnonzero(missing).tolist():
         try:

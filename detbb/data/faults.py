@@ -27,6 +27,7 @@ class Faults:
         self.origin = origin
         self.strict, self.skip_bad_images = strict, skip_bad_images
         self.found: list[Fault] = []
+        self.of_images = False  # whether image files were looked at: what was read is not the file's alone
 
     def repair(self, kind: str, ids: Iterable[Any]) -> None:
         self._add(kind, ids, repaired=True)

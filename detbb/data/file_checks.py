@@ -22,6 +22,7 @@ from detbb.config import DataConfig
 from detbb.data.annotations import Annotations, Fault
 from detbb.data.faults import Faults
 from detbb.data.images import THREADS, BadImage, image_header, safe_join
+from detbb.data.remembered import cache_folder
 from detbb.data.semantic import read_mask
 from detbb.files import write_atomically
 from detbb.schema import mismatch
@@ -158,8 +159,7 @@ def _memory(source: DataConfig, splits: Mapping[str, Annotations], stats: Mappin
         key.update(
             a.sizes.tobytes() + stats[split].tobytes() + (b"" if a.mask_values is None else a.mask_values.tobytes())
         )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    return cache / "detbb" / "data" / f"{key.hexdigest()}.json"
+    return cache_folder() / f"{key.hexdigest()}.json"
 
 
 def _recall(path: Path, splits: Mapping[str, Annotations]) -> dict[str, Findings] | None:
