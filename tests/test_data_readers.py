@@ -463,14 +463,28 @@ def test_runs_of_objects_on_several_processes_are_the_file_read_at_once(
         read(tmp_path, [*rows, box(99, 7, [1, float("nan"), 2, 2])])
 
 
+@pytest.mark.parametrize("cores", [1, 2, 5])
+def test_spread_results_keep_their_order_and_arrays_are_joined(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    whole = np.random.default_rng(0).normal(size=3_000_000)
+    ends = [0, 0, 7, 7, 1_000_001, 1_000_002, 2_900_000, 3_000_000, 3_000_000]
+    results, joined = spread(lambda k: ((k, os.getpid()), whole[ends[k] : ends[k + 1]]), range(8), least=1)
+    assert [k for k, _ in results] == list(range(8)) and len({process for _, process in results}) == cores
+    assert joined.tobytes() == whole.tobytes() and joined.dtype == whole.dtype and joined.flags.writeable
+    assert spread(lambda k: (k, whole[:0]), range(8), least=1)[1].shape == (0,)
+    if cores > 1:
+        with pytest.raises(ChildProcessError, match="exit code 3"):
+            spread(lambda k: (k, whole if k < 7 else os._exit(3)), range(8), least=1)
+
+
 def test_reading_on_several_processes_leaves_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
 
-    def work(piece: int, *, end: Callable[[], object]) -> bytes:
+    def work(piece: int, *, end: Callable[[], object]) -> tuple[bytes, np.ndarray]:
         if piece == 0:
             end()
         (tmp_path / f"{os.getpid()}").touch()
-        return bytes(1_000_000)  # more than a pipe holds
+        return bytes(1_000_000), np.zeros(0)  # more than a pipe holds
 
     def refuse() -> None:
         raise UserError("refused")

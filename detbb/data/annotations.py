@@ -69,18 +69,23 @@ class Segments:
         self._rle_counts = PackedStrings(r[2].decode("ascii") for r in rles.values())
         self._rows = np.arange(len(items))  # where each object is in the arrays above
 
+    def give_numbers(self) -> np.ndarray:
+        """The coordinates of all polygons, flat, which this no longer holds: `join` takes them."""
+        numbers, self._xy = self._xy, self._xy[:0].copy()
+        return numbers
+
     @staticmethod
-    def join(parts: Sequence[Segments]) -> Segments:
-        """The objects of all parts in their order. parts: as made, nothing taken out of them."""
+    def join(parts: Sequence[Segments], xy: np.ndarray) -> Segments:
+        """The objects of all parts in their order. parts: as made, nothing taken out of them but the numbers, `xy`."""
         whole = Segments([])
         rows = np.cumsum([0] + [len(part._first) - 1 for part in parts])
         polygons = np.cumsum([0] + [len(part._polygon_first) - 1 for part in parts])
-        numbers = np.cumsum([0] + [len(part._xy) for part in parts])
+        numbers = np.cumsum([0] + [int(part._polygon_first[-1]) for part in parts])
 
         def shifted(arrays: Iterable[np.ndarray], by: np.ndarray) -> np.ndarray:
             return np.concatenate([array + offset for array, offset in zip(arrays, by.tolist(), strict=False)])
 
-        whole._xy = np.concatenate([part._xy for part in parts])
+        whole._xy = xy
         whole._polygon_first = np.append(shifted((part._polygon_first[:-1] for part in parts), numbers), numbers[-1])
         whole._first = np.append(shifted((part._first[:-1] for part in parts), polygons), polygons[-1])
         whole._rle_hw = np.concatenate([part._rle_hw for part in parts])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from detbb.data.remembered import Remembered
 from detbb.data.spread import spread
 from detbb.errors import UserError
 
-LEAST_RUNS = 8  # of objects, for a process to be worth its start
+LEAST_RUNS = 32  # of objects, for a process to be worth its start
 _FIELDS = attrgetter(*Object.__struct_fields__)
 _NO_BOX = (np.nan,) * 4
 _SIDE = re.compile(r"left|right|(?<![^\W_])[lr](?![^\W_])")
@@ -141,8 +142,13 @@ class _Images(NamedTuple):
 
 def _rows(file: CocoFile, images: _Images, category_ids: np.ndarray, points: int, faults: Faults) -> Rows:
     """The objects of images that can be used, with `points` keypoints each."""
-    parts = spread(lambda start: _columns(file.objects(start), images, points), file.starts, least=LEAST_RUNS)
-    all_segments = Segments.join([part.pop("segments") for part in parts])
+
+    def read(start: int) -> tuple[dict[str, Any], np.ndarray]:
+        columns = _columns(file.objects(start), images, points)
+        return columns, columns["segments"].give_numbers()
+
+    parts, numbers = spread(read, file.starts, least=LEAST_RUNS)
+    all_segments = Segments.join([part.pop("segments") for part in parts], numbers)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     ids = columns["id"]
     known_image = _lookup(np.array([i.id for i in file.images], dtype=np.int64), columns["image"])[1]
@@ -191,7 +197,7 @@ def _columns(objects: list[Object], images: _Images, points: int) -> dict[str, A
     return columns | {
         "id": np.array([n or 0 for n in number] if None in number else number, dtype=np.int64),
         "bare": _is_none(box),
-        "box": np.array([b or _NO_BOX for b in box] if None in box else box, dtype=np.float64).reshape(-1, 4),
+        "box": np.fromiter(chain.from_iterable(b or _NO_BOX for b in box), np.float64, 4 * len(box)).reshape(-1, 4),
         "area": np.array(area, dtype=np.float64),  # NaN for None
         "crowd": np.array(crowd, dtype=bool),
         "no_crowd": _is_none(crowd),

@@ -1,65 +1,122 @@
-"""Pieces of work on all free cores, for start-up: processes that are forked, send their results, and are gone."""
+"""Pieces of work on all free cores, for start-up: processes that are forked, send their results, and are gone.
+
+Results are pickled, which takes several copies. The arrays beside them, which may be most of the memory there is, are
+written once, where they stay.
+"""
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 P = TypeVar("P")
 R = TypeVar("R")
 MOST = 8  # processes: the parent takes their results one after the other
 
 
-def spread(function: Callable[[P], R], pieces: Sequence[P], *, least: int) -> list[R]:
-    """`[function(piece) for piece in pieces]`, on several processes if each gets at least `least` of them.
+def spread(
+    function: Callable[[P], tuple[R, np.ndarray]], pieces: Sequence[P], *, least: int
+) -> tuple[list[R], np.ndarray]:
+    """`function(piece)` of all pieces: the results, and the arrays joined; on several processes, `least` each or more.
 
-    function: reads what it was made from (forked, nothing is sent to it) and gives something that pickles. Raises what
-    it raises. No process is left behind, however this ends: a killed parent's find nobody to send to.
+    function: reads what it was made from (forked, nothing is sent to it) and gives something that pickles and a 1-D
+    float64 array. Raises what it raises. No process is left behind, however this ends: a killed parent's find nobody to
+    send to.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1  # where this is, fork is safe
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "memfd_create") else 1  # where this is, fork is safe
     processes = min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), MOST, len(pieces) // max(least, 1))
     if processes < 2:
-        return [function(piece) for piece in pieces]
+        results, arrays = zip(*map(function, pieces), strict=True)
+        return list(results), np.concatenate(arrays)
+    memory = os.memfd_create("spread")
+    try:
+        return _forked(function, pieces, processes, memory)
+    finally:
+        os.close(memory)
+
+
+def _forked(
+    function: Callable[[P], tuple[R, np.ndarray]], pieces: Sequence[P], processes: int, memory: int
+) -> tuple[list[R], np.ndarray]:
     context = multiprocessing.get_context("fork")
     ends = [round(i * len(pieces) / processes) for i in range(processes + 1)]
     workers: list[tuple[BaseProcess, Connection]] = []
     try:
         for first, end in pairwise(ends[1:]):  # the first share is this process's own
-            receiver, sender = context.Pipe(duplex=False)
-            inherited = [*(earlier for _, earlier in workers), receiver]
-            worker = context.Process(target=_send, args=(function, pieces[first:end], sender, inherited), daemon=True)
+            here, there = context.Pipe()
+            inherited = [*(earlier for _, earlier in workers), here]
+            share = pieces[first:end]
+            worker = context.Process(target=_work, args=(function, share, memory, there, inherited), daemon=True)
             worker.start()
-            sender.close()
-            workers.append((worker, receiver))
-        results = [function(piece) for piece in pieces[: ends[1]]]
-        for started, receiver in workers:
-            try:
-                found = receiver.recv()
-            except EOFError:
-                started.join()
-                raise ChildProcessError(f"a process reading data ended with exit code {started.exitcode}") from None
-            if isinstance(found, Exception):
-                raise found
+            there.close()
+            workers.append((worker, here))
+        results, size = [], 0
+        for piece in pieces[: ends[1]]:
+            result, array = function(piece)
+            results.append(result)
+            size = _write(memory, [array], size)
+        for started, here in workers:
+            found, length = _receive(started, here)
             results += found
-        return results
+            with suppress(ConnectionError):  # if it has ended, the next word from it says so
+                here.send(size)  # where its arrays begin
+            size += length
+        for started, here in workers:
+            _receive(started, here)
+        if not size:
+            return results, np.zeros(0)
+        return results, np.frombuffer(mmap.mmap(memory, size, access=mmap.ACCESS_COPY), np.float64)
     finally:
-        for started, receiver in workers:
-            receiver.close()
+        for started, here in workers:
+            here.close()
             started.kill()  # SIGTERM may only set a flag here, see stopping.StopSignals
             started.join()
 
 
-def _send(function: Callable[[P], R], pieces: Sequence[P], sender: Connection, inherited: Sequence[Connection]) -> None:
-    for receiver in inherited:  # who holds the other end as well would wait for itself
-        receiver.close()
+def _receive(started: BaseProcess, here: Connection) -> Any:
     try:
-        sender.send([function(piece) for piece in pieces])
-    except BrokenPipeError:
+        found = here.recv()
+    except (EOFError, ConnectionResetError):
+        started.join()
+        raise ChildProcessError(f"a process reading data ended with exit code {started.exitcode}") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _work(
+    function: Callable[[P], tuple[R, np.ndarray]],
+    pieces: Sequence[P],
+    memory: int,
+    there: Connection,
+    inherited: Sequence[Connection],
+) -> None:
+    for here in inherited:  # who holds the other end as well would wait for itself
+        here.close()
+    try:
+        results, arrays = zip(*map(function, pieces), strict=True)
+        there.send((list(results), sum(array.nbytes for array in arrays)))
+        there.send(_write(memory, arrays, there.recv()))
+    except (EOFError, ConnectionError):
         pass
     except Exception as error:
-        sender.send(error)
+        there.send(error)
+
+
+def _write(memory: int, arrays: Iterable[np.ndarray], place: int) -> int:
+    """Write them one after the other; where the last one ends."""
+    for array in arrays:
+        data = array.data.cast("B") if array.size else b""
+        while data:
+            written = os.pwrite(memory, data, place)
+            place, data = place + written, data[written:]
+    return place
