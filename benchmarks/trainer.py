@@ -34,6 +34,7 @@ from detbb.data import read_split, train_loader
 from detbb.detector import build_detector
 
 CONFIG = """
+device: cpu
 output_dir: {out}
 backbone: {{arch: {arch}, norm: bn}}
 data: {{made: {{format: shapes, image_size: [{size}, {size}], augment: none, train: {{images: {data}, size: {images}}},
@@ -68,6 +69,7 @@ def bare_steps(config: Any, count: int) -> list[float]:
     """Seconds of each."""
     data = {"made": read_split(config.data["made"], "train", "made")}
     batch = next(iter(train_loader(data, config, needs={"made": frozenset()}, start_step=0, end_step=1)))
+    batch = batch.to(torch.device("cpu"))
     torch.manual_seed(0)
     detector = build_detector(config, {"it": data["made"].classes}).train()
     optimizer = torch.optim.SGD([p for p in detector.parameters() if p.requires_grad], 1e-6, 0.9, weight_decay=1e-4)

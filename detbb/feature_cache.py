@@ -30,7 +30,7 @@ from detbb.files import sync_folder
 from detbb.frozen_prefix import FrozenPrefix
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-REST_AFTER = 20  # steps in a row without a miss, and the prefix rests: its copies are as large as the frozen weights
+REST_AFTER = 20  # batches in a row without a miss, and the prefix rests: its copies are as large as its weights
 _ROW = 64  # bytes of an index row: SHA-256 of the image file, SHA-256 of that and the record
 
 
@@ -144,7 +144,7 @@ class FeatureCache:
         self._prefix, self.stores = prefix, stores
         self._said = self._share()
         self._said_full = False
-        self._hits = 0  # steps in a row
+        self._hits = 0  # batches in a row
 
     def __call__(self, batch: Batch) -> Batch:
         store = self.stores.get(batch.source)

@@ -17,7 +17,7 @@ from detbb.data.coco import read_coco
 
 def write_coco(folder: Path, annotations: list[dict[str, Any]], **changes: Any) -> Path:
     """A COCO file with three images (ids 7, 0 and 900; the last without objects) and two classes (ids 3 and 90)."""
-    (folder / "images").mkdir(exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     images = [
         {"id": 7, "file_name": "b.png", "width": 40, "height": 30},
         {"id": 0, "file_name": "a.png", "width": 20, "height": 50},

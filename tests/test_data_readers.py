@@ -463,6 +463,16 @@ def test_runs_of_objects_on_several_processes_are_the_file_read_at_once(
         read(tmp_path, [*rows, box(99, 7, [1, float("nan"), 2, 2])])
 
 
+def test_spread_works_where_a_sandbox_allows_no_anonymous_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "memfd_create", _refuse, raising=False)
+    results, joined = spread(lambda k: ((k, os.getpid()), np.full(2, float(k))), range(4), least=1)
+    assert results == [(k, os.getpid()) for k in range(4)] and joined.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def _refuse(*arguments: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
 @pytest.mark.parametrize("cores", [1, 2, 5])
 def test_spread_results_keep_their_order_and_arrays_are_joined(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))

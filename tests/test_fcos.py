@@ -62,6 +62,14 @@ def test_every_cell_learns_the_box_that_torchvision_gives_it(radius, seed):
     assert torch.equal(matched, torch.stack(caught[0]))
 
 
+class Everywhere(FcosHead):
+    """Learns a box on every level."""
+
+    def nearby(self, boxes, grids):
+        for cell, _ in super().nearby(boxes, grids):
+            yield cell, torch.ones_like(cell, dtype=torch.bool)
+
+
 def learned(head, features, batch, output_of):
     """Losses, and the gradients of features and parameters."""
     given = {level: f.detach().clone().requires_grad_() for level, f in features.items()}
@@ -84,10 +92,12 @@ def convolved(head):
         ([], {"p7"}),
         ([5], {"p3", "p7"}),
         ([63.9], {"p3", "p7"}),
-        ([64.1], {"p3", "p4", "p7"}),
+        ([79.8], {"p3", "p7"}),  # 80 = 2 * (64 - 1.5 * 16)
+        ([80.1], {"p3", "p4", "p7"}),
         ([127.8], {"p3", "p4", "p7"}),
-        ([128.2, 140], {"p4", "p5", "p7"}),
-        ([300], {"p5", "p6", "p7"}),
+        ([128.2, 140], {"p4", "p7"}),
+        ([161], {"p4", "p5", "p7"}),
+        ([330], {"p5", "p6", "p7"}),
         ([40, 520], {"p3", "p6", "p7"}),
     ],
 )
@@ -111,10 +121,44 @@ def test_levels_that_learn_no_box_are_not_computed_and_change_no_bit(sides, leve
     assert not [name for name, p in head.named_parameters() if p.grad is None]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "arguments"),
+    [
+        (torch.float64, {}),
+        (torch.bfloat16, {}),
+        (torch.float32, {"center_sampling_radius": 10.0}),
+        (torch.float32, {"center_sampling_radius": 0.5, "norm": None}),
+        (torch.float32, {"levels": ["p3"]}),
+        (torch.float32, {"levels": ["p5", "p3"]}),
+    ],
+)
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_the_boxes_no_bit_changes(dtype, arguments, seed):
+    hw, generator = (160, 544), torch.Generator().manual_seed(seed)
+    batch, features = make_batch((hw, hw), padded=hw), make_features(LEVELS, hw)
+    for target in batch.targets:
+        scale = 4 ** torch.randint(4, (1,), generator=generator).item()
+        target.boxes = random_boxes(3, hw, generator) / scale
+        target.labels = torch.randint(3, (3,), generator=generator)
+    head = make_head(FcosHead, **DEFAULTS, **arguments).train()
+    if dtype == torch.float64:
+        head, features = head.double(), {level: f.double() for level, f in features.items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        whole = learned(head, features, batch, lambda given, _: head(given))
+        found = learned(head, features, batch.to(torch.device("cpu")), head.output_to_learn_from)
+    for a, b in zip(whole, found, strict=True):
+        none = torch.zeros(()) if b is None else b
+        assert torch.equal(none.expand_as(a) if a is not None else torch.zeros(()), none)
+
+
 def test_no_level_is_left_out_where_none_can_be():
-    """Statistics that move see every level, and without the boxes' sizes at hand nobody knows."""
+    """A subclass may learn anywhere, statistics that move see every level, and the boxes' sizes may not be at hand."""
     hw = (96, 128)
     batch, features = make_batch((hw, hw), padded=hw), make_features(LEVELS, hw)
+    boxless = make_head(Everywhere).train()
+    heights = convolved(boxless)
+    boxless.output_to_learn_from(features, batch.to(torch.device("cpu")))
+    assert len(heights) == 5
     moving = make_head(FcosHead, norm="bn").train()
     heights = convolved(moving)
     moving.output_to_learn_from(features, batch.to(torch.device("cpu")))

@@ -29,10 +29,16 @@ def features_for(head_type, **arguments):
     return make_features(head_type.levels(head_type.Config(type="x", data="d")), **arguments)
 
 
+def losses_of(head, features, batch):
+    """As in a training step."""
+    batch = batch.to(torch.device("cpu"))
+    return head.loss(head.output_to_learn_from(features, batch), batch)
+
+
 @each_head
 def test_losses_are_finite_scalars(head_type):
     head = make_head(head_type)
-    losses = head.loss(head(features_for(head_type)), make_batch())
+    losses = losses_of(head, features_for(head_type), make_batch())
     assert losses and all(name.startswith("loss_") for name in losses)
     assert all(loss.shape == () and torch.isfinite(loss) and loss > 0 for loss in losses.values())
 
@@ -40,7 +46,7 @@ def test_losses_are_finite_scalars(head_type):
 @each_head
 def test_batch_without_objects_has_a_finite_loss_that_reaches_every_parameter(head_type):
     head = make_head(head_type)
-    losses = head.loss(head(features_for(head_type)), make_batch(objects=0))
+    losses = losses_of(head, features_for(head_type), make_batch(objects=0))
     assert all(torch.isfinite(loss) for loss in losses.values())
     sum(losses.values()).backward()
     assert [n for n, p in head.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
@@ -50,7 +56,7 @@ def test_batch_without_objects_has_a_finite_loss_that_reaches_every_parameter(he
 def test_batch_with_one_empty_image_is_finite(head_type):
     head, batch = make_head(head_type), make_batch()
     batch.targets[0] = make_batch(objects=0).targets[0]
-    losses = head.loss(head(features_for(head_type)), batch)
+    losses = losses_of(head, features_for(head_type), batch)
     assert all(torch.isfinite(loss) for loss in losses.values())
 
 
@@ -59,13 +65,13 @@ def test_gradients_reach_exactly_what_is_trained(head_type):
     head, features = make_head(head_type), features_for(head_type)
     for name in head.class_tensors()[:1]:
         head.get_parameter(name).requires_grad_(False)
-    sum(head.loss(head(features), make_batch()).values()).backward()
+    sum(losses_of(head, features, make_batch()).values()).backward()
     trained = {n for n, p in head.named_parameters() if p.requires_grad}
     assert {n for n, p in head.named_parameters() if p.grad is not None} == trained
     assert all(f.grad is None for f in features.values())
 
     features = {level: f.requires_grad_() for level, f in features.items()}
-    sum(head.loss(head(features), make_batch()).values()).backward()
+    sum(losses_of(head, features, make_batch()).values()).backward()
     assert all(f.grad.abs().sum() > 0 for f in features.values())
 
 
@@ -144,7 +150,7 @@ def test_two_ranks_together_have_the_loss_of_the_whole_batch(head_type, monkeypa
 
     def loss(rows):
         part = Batch(batch.images[rows], batch.targets[rows], batch.source)
-        return head.loss(head({level: f[rows] for level, f in features.items()}), part)
+        return losses_of(head, {level: f[rows] for level, f in features.items()}, part)
 
     whole = loss(slice(0, 2))
     counts: list[list[torch.Tensor]] = [[], []]
@@ -166,13 +172,13 @@ def test_two_ranks_together_have_the_loss_of_the_whole_batch(head_type, monkeypa
 @each_head
 def test_losses_are_float32_under_autocast_and_float64_in_double(head_type):
     head, features, batch = make_head(head_type), features_for(head_type), make_batch()
-    exact = sum(head.loss(head(features), batch).values())
+    exact = sum(losses_of(head, features, batch).values())
     with torch.autocast("cpu", torch.bfloat16):
-        losses = head.loss(head(features), batch)
+        losses = losses_of(head, features, batch)
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     torch.testing.assert_close(sum(losses.values()), exact, rtol=0.1, atol=0.1)
     head.double()
-    losses = head.loss(head({level: f.double() for level, f in features.items()}), batch)
+    losses = losses_of(head, {level: f.double() for level, f in features.items()}, batch)
     assert all(loss.dtype == torch.float64 for loss in losses.values())
     torch.testing.assert_close(sum(losses.values()).float(), exact, rtol=1e-3, atol=1e-4)
 
@@ -183,7 +189,7 @@ def test_learns_two_images_in_seconds(head_type):
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
     losses = []
     for _ in range(25):
-        loss = sum(head.loss(head(features), batch).values())
+        loss = sum(losses_of(head, features, batch).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -144,10 +144,10 @@ def test_other_classes_versions_and_checks_are_read_again(
     assert start(file, classes=["zebra", "car"]).classes == ("zebra", "car") and len(reads) == 3
     with pytest.raises(UserError, match="lacks: car"):
         start(file, classes=["zebra"], exact=True)
-    for version in ("detbb.data.remembered.VERSION", "detbb.__version__", "detbb.data.remembered._CODE"):
+    for version in ("detbb.__version__", "detbb.data.remembered._CODE"):
         monkeypatch.setattr(version, "another")
         start(file)
-    assert len(reads) == 7 and len(entries(tmp_path)) == 3
+    assert len(reads) == 6 and len(entries(tmp_path)) == 3
 
 
 def test_a_damaged_entry_is_never_used(tmp_path: Path, reads: list[Path]) -> None:
@@ -213,7 +213,7 @@ def test_small_files_later_ranks_and_full_disks_leave_nothing(
     assert len(reads) == 4 and len(entries(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("place", ["file", "unwritable", "nobody"])
+@pytest.mark.parametrize("place", ["file", "unwritable", "nobody", "no thread"])
 def test_a_cache_that_cannot_be_written_is_harmless(
     tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -226,6 +226,8 @@ def test_a_cache_that_cannot_be_written_is_harmless(
         cache.mkdir()
         cache.chmod(stat.S_IRUSR | stat.S_IXUSR)
         monkeypatch.setattr("os.mkdir", refuse)  # root may write anywhere
+    elif place == "no thread":
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
     else:
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
@@ -234,6 +236,23 @@ def test_a_cache_that_cannot_be_written_is_harmless(
 
 def refuse(*arguments: Any, **options: Any) -> None:
     raise PermissionError(13, "Permission denied")
+
+
+def no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_an_entry_that_was_not_used_for_a_month_is_removed(tmp_path: Path, reads: list[Path]) -> None:
+    month = 30 * 86400
+    unused, used = make(tmp_path / "unused"), make(tmp_path / "used")
+    start(unused)
+    (of_unused,) = entries(tmp_path)
+    start(used)
+    for entry in entries(tmp_path):
+        os.utime(entry, (time.time() - month - 60,) * 2)
+    start(used)  # which counts as a use
+    start(make(tmp_path / "third"))
+    assert len(reads) == 3 and len(entries(tmp_path)) == 2 and of_unused not in entries(tmp_path)
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path, reads: list[Path]) -> None:

@@ -2,7 +2,7 @@
 
 An entry is a JSON header and the arrays as they are, each at a multiple of 64 bytes. It is used if the file is the one
 it was made from, the code is the one that made it, and every byte has its checksum; anything else means to read again.
-Arrays are mapped, not copied: the processes of a machine share them, and writing to one changes no entry.
+Arrays are read and not mapped: a map of a file that another machine replaces would end the run with a bus error.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
 import shutil
 import struct
 import threading
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,14 +28,14 @@ from detbb.data.annotations import Annotations, Fault, PackedStrings, Segments
 from detbb.errors import UserError
 from detbb.files import write_atomically
 
-VERSION = 1  # of an entry's form; another one forgets
 FROM_S = 1.0  # readings that took longer are remembered
 SETTLED_S = 2.0  # since the file's last change: within one tick of a clock, another change would not show
 ROOM = 5  # times an entry's size must be free
 LEFT_S = 600.0  # since when a file half written is one that a killed process left
+UNUSED_S = 30 * 86400.0  # since when an entry is forgotten
 _ALIGNED = 64
 _START = struct.Struct("<8sII")  # what it is, the header's length and its checksum
-_MAGIC = b"detbb\0\1\n"
+_MAGIC = b"detbb\0\r\n"
 _CODE = zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))  # that reads
 _KINDS = {kind.__name__: kind for kind in (Annotations, Fault, PackedStrings, Segments)}
 
@@ -54,18 +54,18 @@ class Remembered:
     def __init__(self, file: Path, options: object) -> None:
         key = repr((os.path.abspath(file), options)).encode("utf-8", "backslashreplace")
         self._path = cache_folder() / f"{hashlib.blake2b(key, digest_size=16).hexdigest()}.arrays"
-        self._file, self._began = file, time.time()
-        self._of: dict[str, Any] = {"version": [VERSION, detbb.__version__, _CODE], "state": _state(file)}
+        self._file, self._began, self._clock = file, time.time(), time.perf_counter()
+        self._of: dict[str, Any] = {"version": [detbb.__version__, _CODE], "state": _state(file)}
 
     def recall(self, root: Path) -> Annotations | None:
         """As it was read, with images below `root`; None if there is nothing that can be used."""
         try:
-            with open(self._path, "rb") as file:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError):
+            content = np.fromfile(self._path, np.uint8)
+            os.utime(self._path)  # it is in use
+        except OSError:
             return None
-        magic, length, checksum = _START.unpack(content[: _START.size].ljust(_START.size, b"\0"))
-        text = content[_START.size : _START.size + length]
+        magic, length, checksum = _START.unpack(content[: _START.size].tobytes().ljust(_START.size, b"\0"))
+        text = content[_START.size : _START.size + length].tobytes()
         if magic != _MAGIC or zlib.crc32(text) != checksum:
             return None
         header, first = json.loads(text), _padded(_START.size + length)
@@ -77,12 +77,13 @@ class Remembered:
             return None
 
     def remember(self, data: Annotations) -> None:
-        """Keep what was read since this was made. Other work may go on: a thread writes, which ends by itself."""
+        """Keep what was read since this was made. A thread writes; the process's end waits for it, a second or so."""
         changed_s = max(self._of["state"][2:], default=math.inf) * 1e-9
-        slow, settled = time.time() - self._began > FROM_S, self._began - changed_s > SETTLED_S
+        slow, settled = time.perf_counter() - self._clock > FROM_S, self._began - changed_s > SETTLED_S
         first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes on this machine
         if first and slow and settled and _state(self._file) == self._of["state"]:
-            threading.Thread(target=self._write, args=(data,), name="remember").start()
+            with suppress(RuntimeError):  # no further thread is to be had
+                threading.Thread(target=self._write, args=(data,), name="remember").start()
 
     def _write(self, data: Annotations) -> None:
         arrays: list[np.ndarray] = []
@@ -92,9 +93,8 @@ class Remembered:
             header = {"of": self._of, "size": sum(_padded(a.nbytes) for a in arrays), "data": packed}
             text = json.dumps(header).encode()
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(f".{self._path.name}.*.tmp"):
-                if self._began - left.stat().st_mtime > LEFT_S:
-                    left.unlink()
+            _tidy(folder, ".*.arrays.*.tmp", LEFT_S)
+            _tidy(folder, "*.arrays", UNUSED_S)
             if shutil.disk_usage(folder).free > ROOM * int(header["size"]):
                 start = _START.pack(_MAGIC, len(text), zlib.crc32(text)) + text
                 write_atomically(self._path, lambda file: _write_all(file, start, arrays))
@@ -104,6 +104,13 @@ class Remembered:
 
 class _DamagedError(Exception):
     """Bytes that are not those written."""
+
+
+def _tidy(folder: Path, pattern: str, age_s: float) -> None:
+    for left in folder.glob(pattern):
+        with suppress(OSError):  # another process was faster
+            if time.time() - left.stat().st_mtime > age_s:
+                left.unlink()
 
 
 def _state(file: Path) -> list[int]:
@@ -127,7 +134,7 @@ def _pack(value: Any, arrays: list[np.ndarray]) -> Any:
     return None if isinstance(value, Path) else value  # the caller says where images are
 
 
-def _unpack(value: Any, content: mmap.mmap, first: int) -> Any:
+def _unpack(value: Any, content: np.ndarray, first: int) -> Any:
     """What `_pack` packed; its arrays begin at `first`."""
     place = first
 
@@ -141,7 +148,7 @@ def _unpack(value: Any, content: mmap.mmap, first: int) -> Any:
             whole = object.__new__(_KINDS[value["kind"]])
             vars(whole).update({name: made(field) for name, field in value["fields"].items()})
             return whole
-        array = np.ndarray(value["shape"], value["dtype"], content, place)
+        array = np.ndarray(value["shape"], value["dtype"], content.data, place)
         if zlib.crc32(array.data) != value["crc32"]:
             raise _DamagedError
         place += _padded(array.nbytes)

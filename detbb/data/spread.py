@@ -28,20 +28,28 @@ def spread(
 ) -> tuple[list[R], np.ndarray]:
     """`function(piece)` of all pieces: the results, and the arrays joined; on several processes, `least` each or more.
 
-    function: reads what it was made from (forked, nothing is sent to it) and gives something that pickles and a 1-D
-    float64 array. Raises what it raises. No process is left behind, however this ends: a killed parent's find nobody to
-    send to.
+    pieces: one or more. function: reads what it was made from (forked, nothing is sent to it) and gives something that
+    pickles and a 1-D float64 array. Raises what it raises. No process is left behind, however this ends: a killed
+    parent's find nobody to send to.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "memfd_create") else 1  # where this is, fork is safe
+    memory = _anonymous_file()  # None: where there is none, fork may not be safe either
+    cores = len(os.sched_getaffinity(0)) if memory is not None else 1
     processes = min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), MOST, len(pieces) // max(least, 1))
-    if processes < 2:
-        results, arrays = zip(*map(function, pieces), strict=True)
-        return list(results), np.concatenate(arrays)
-    memory = os.memfd_create("spread")
     try:
-        return _forked(function, pieces, processes, memory)
+        if memory is not None and processes > 1:
+            return _forked(function, pieces, processes, memory)
     finally:
-        os.close(memory)
+        if memory is not None:
+            os.close(memory)
+    results, arrays = zip(*map(function, pieces), strict=True)
+    return list(results), np.concatenate(arrays)
+
+
+def _anonymous_file() -> int | None:
+    try:
+        return os.memfd_create("spread")
+    except (AttributeError, OSError):  # another system than Linux, or a sandbox
+        return None
 
 
 def _forked(

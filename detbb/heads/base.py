@@ -112,7 +112,10 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def output_to_learn_from(self, features: dict[str, Tensor], batch: Batch) -> HeadOutput:
-        """`forward`, without what cannot matter to the loss of this batch, nor to any gradient."""
+        """`forward`, without what cannot matter to the loss of this batch, nor to any gradient.
+
+        Training calls this and not the head itself; hooks on the head see its calls where this makes them.
+        """
         return self(features)
 
     def loss(self, output: HeadOutput, batch: Batch) -> dict[str, Tensor]:

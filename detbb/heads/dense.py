@@ -150,13 +150,14 @@ class DenseHead(Head):
     def focal_loss(self, logits: Tensor, rows: Tensor, labels: Tensor, present: Tensor) -> Tensor:
         """Focal loss of each row, summed over classes (Lin et al. 2017, equation 5): logits (N, C) to (N,).
 
-        No class is present but those of P (row, label) pairs where `present` (P,) is 1 and not 0. Backward once.
+        Class `labels[k]` is present in row `rows[k]` where `present[k]` is 1, and absent where it is 0; a pair may come
+        again with 0. The graph can be gone through backward once.
         """
         return _FocalLoss.apply(logits, rows, labels, present, (self.config.focal_alpha, self.config.focal_gamma))
 
 
 class _FocalLoss(torch.autograd.Function):
-    """The loss and its slope at once; that becomes the gradient, so there is one tensor more of the logits' size."""
+    """The loss and its slope at once; that becomes the gradient, so backward needs no further tensor of their size."""
 
     @staticmethod
     def forward(
@@ -174,7 +175,7 @@ class _FocalLoss(torch.autograd.Function):
         absent, there = _absent(x, gamma, absent_slope), _absent(-x, gamma, present_slope)
         losses.index_add_(0, rows, (alpha * there - (1 - alpha) * absent) * present)
         change = (alpha * present_slope + (1 - alpha) * absent_slope) * -present
-        slopes.index_put_((rows, labels), change, accumulate=True)
+        slopes.view(-1).scatter_add_(0, rows * logits.shape[1] + labels, change)
         ctx.save_for_backward(slopes)
         return losses
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -72,28 +71,35 @@ class FcosHead(DenseHead):
         """As `forward`, with zeros as deltas and centre-ness on levels where no cell can learn a box of this batch.
 
         Their values have no part in the loss and their gradients are exactly 0, so neither tower nor gradient is
-        computed there. Not where statistics move, which see every level; always the coarsest, for the parameters' sake.
+        computed there. Not where statistics move, which see every level; always the last, for the parameters' sake.
         """
-        whole = type(self).forward is not FcosHead.forward  # of a subclass, which knows better
-        if whole or batch.longest_sides is None or any(moving_norms(self.regression_head)):
+        own = type(self) is FcosHead  # a subclass may learn elsewhere
+        if not own or batch.longest_sides is None or any(moving_norms(self.regression_head)):
             return self(features)
         maps = [features[level] for level in self.picked_levels]
         grids = self.grids(maps)
-        sides = batch.longest_sides
-        learn = [any(low < 1.001 * side and 0.999 * side < 2 * high for side in sides) for low, high in _ranges(grids)]
-        learn[-1] = True
-        found = self.regression_head(list(compress(maps, learn)))
-        cells = [g.height * g.width for g in grids]
-        computed = zip(*(part.split(list(compress(cells, learn)), dim=1) for part in found), strict=True)
-        deltas, centerness = zip(
-            *(
-                next(computed) if learns else [part.new_zeros(len(part), n, part.shape[2]) for part in found]
-                for learns, n in zip(learn, cells, strict=True)
-            ),
-            strict=True,
+        *learn, _ = (
+            self.may_learn(grid, ends, batch.longest_sides) for grid, ends in zip(grids, _ranges(grids), strict=True)
         )
-        logits = self.classification_head(maps)
-        return DenseOutput(logits, torch.cat(deltas, 1), torch.cat(centerness, 1).squeeze(2), grids)
+        found = [self.regression_head([x]) if learns else None for x, learns in zip(maps, [*learn, True], strict=True)]
+
+        def joined(part: int) -> Tensor:
+            assert found[-1] is not None
+            like = found[-1][part]
+            zeros = (like.new_zeros(len(like), g.height * g.width, like.shape[2]) for g in grids)
+            return torch.cat([z if f is None else f[part] for f, z in zip(found, zeros, strict=True)], dim=1)
+
+        return DenseOutput(self.classification_head(maps), joined(0), joined(1).squeeze(2), grids)
+
+    def may_learn(self, grid: Grid, ends: tuple[float, float], longest_sides: tuple[float, ...]) -> bool:
+        """Whether a cell can learn a box of one of these sizes; with room for rounding.
+
+        A cell's farthest side is at least half of the box's longest one; at most all of it, or that half and how far
+        the cell may be from the centre.
+        """
+        reach = self.config.center_sampling_radius * grid.nominal_stride
+        low, high = ends
+        return any(low < 1.001 * min(s, s / 2 + reach) and 0.999 * s / 2 < high for s in longest_sides)
 
     def boxes(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         return self.box_coder.decode(deltas, anchors)
@@ -163,10 +169,7 @@ class FcosHead(DenseHead):
 
 
 def _ranges(grids: tuple[Grid, ...]) -> list[tuple[float, float]]:
-    """What each level learns: cells whose farthest side of the box is this far, in pixels, ends left out.
-
-    The farthest side is at least half of the box's longest one and at most all of it.
-    """
+    """What each level learns: cells whose farthest side of the box is this far, in pixels, ends left out."""
     edges = [0.0, *(4.0 * grid.nominal_stride for grid in grids[1:])]
     return [*zip(edges, [8.0 * grid.nominal_stride for grid in grids[:-1]] + [math.inf], strict=True)]
 
