@@ -167,7 +167,7 @@ def _can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _give_back_memory() -> None:
     """Return what was freed to the system: glibc keeps it, in pieces that activations do not fit into."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # where it is not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -63,6 +63,10 @@ def test_focal_loss_is_exact_in_float32_however_it_is_divided(monkeypatch):
                 patch.setattr(dense, "CACHED_ELEMENTS", elements)
                 divided = losses_and_slopes(logits, present)
             torch.testing.assert_close([*divided], [*found], rtol=1e-6, atol=least)
+    turned = logits.t().contiguous().t()  # not contiguous
+    torch.testing.assert_close(
+        [*losses_and_slopes(turned, 1.0)], [*losses_and_slopes(logits, 1.0)], rtol=1e-5, atol=1e-5
+    )
     none = torch.zeros(0, dtype=torch.long)
     assert head.focal_loss(torch.zeros(0, 3, requires_grad=True), none, none, torch.zeros(0)).shape == (0,)
 

@@ -164,7 +164,7 @@ class _FocalLoss(torch.autograd.Function):
         ctx: Any, logits: Tensor, rows: Tensor, labels: Tensor, present: Tensor, focal: tuple[float, float]
     ) -> Tensor:
         alpha, gamma = focal
-        losses, slopes = logits.new_empty(len(logits)), torch.empty_like(logits)
+        losses, slopes = logits.new_empty(len(logits)), logits.new_empty(logits.shape)  # contiguous
         at_once = len(logits) if logits.is_cuda else CACHED_ELEMENTS // max(logits.shape[1], 1)
         for x, loss, slope in zip(*(t.split(max(at_once, 1)) for t in (logits, losses, slopes)), strict=True):
             cost = _absent(x, gamma, slope)
