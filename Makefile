@@ -32,7 +32,7 @@ format: $(installed)  ## format, and fix what the linter can
 	$(bin)/ruff check --fix .
 
 docs: $(installed)  ## write docs/config.md from the fields, and the tables of docs/reliability.md
-	$(bin)/python -m detbb.config_docs
+	$(bin)/python -m detbb.config.docs
 	$(bin)/python tests/planted.py
 
 fuzz: $(installed)  ## 5,000 inputs that nobody foresaw: configs, annotations, checkpoints, images

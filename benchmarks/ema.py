@@ -17,10 +17,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from detbb.config import Config, EmaConfig
+from detbb.config.schema import Config, EmaConfig
 from detbb.detector import build_detector
-from detbb.ema import Ema
 from detbb.heads import find_head
+from detbb.training.ema import Ema
 
 CASES = {"all trained": [], "head trained": ["backbone", "neck"]}
 DECAY = 0.999

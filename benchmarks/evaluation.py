@@ -23,9 +23,9 @@ import timing
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detbb.data.coco import read_coco
-from detbb.data.coco_file import no_garbage_collection
-from detbb.evaluators import CocoEvaluator
+from detbb.data.formats.coco import read_coco
+from detbb.data.formats.coco_json import no_garbage_collection
+from detbb.metrics.evaluators import CocoEvaluator
 
 
 def make_results(truth: Path, path: Path, per_image: int) -> None:

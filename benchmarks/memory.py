@@ -29,8 +29,8 @@ def peak(way: str, head: str, options: Any) -> float:
     import torch
     import train_step
 
-    from detbb.data.batch import Entry
-    from detbb.feature_cache import REST_AFTER, FeatureCache, Plan, Store
+    from detbb.feature_cache.cache import REST_AFTER, FeatureCache, Plan, Store
+    from detbb.structures.batch import Entry
 
     def status(key: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -93,7 +93,7 @@ def main() -> int:
     options = parser.parse_args()
     import torch
 
-    from detbb.data.shapes import generate_shapes
+    from detbb.data.formats.shapes import generate_shapes
 
     figures, missed = {}, 0
     with tempfile.TemporaryDirectory() as name:

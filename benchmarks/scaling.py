@@ -31,12 +31,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from detbb import distributed, optim
-from detbb.config import Config
-from detbb.data.batch import Batch, ImageSize, Target
+from detbb.config.schema import Config
 from detbb.detector import build_detector
+from detbb.distributed.processes import wrap
 from detbb.heads import find_head
-from detbb.step import Learner, train_step
+from detbb.structures.batch import Batch, ImageSize, Target
+from detbb.training import optim
+from detbb.training.step import Learner, train_step
 
 CASES = {"nothing frozen": [], "backbone frozen": ["backbone"]}
 CLASSES = [f"class {i}" for i in range(80)]
@@ -64,7 +65,7 @@ def make_learner(arch: str, frozen: list[str], device: torch.device) -> Learner:
     detector = build_detector(config, {"objects": CLASSES}).freeze(frozen).train().to(device)
     learner = Learner(detector, None, config.train, device, torch.amp.GradScaler(device.type, enabled=False))
     learner.optimizer = optim.build_optimizer(detector, config.optimizer)
-    learner.model = distributed.wrap(detector)
+    learner.model = wrap(detector)
     return learner
 
 

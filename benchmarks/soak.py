@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # bits depend on the thread count
 import numpy as np
 from crash import SAVING, Job, differences, train_to_end
 
-from detbb.checkpoint_folder import CheckpointFolder
+from detbb.checkpoint.folder import CheckpointFolder
 
 OPTIONS = (
     "phases=[{steps: 40, freeze: [backbone, neck]}, {steps: 80, freeze: [backbone.stem]}, {freeze: [neck]}]",
@@ -93,7 +93,7 @@ def kills_inside_saves(root: Path, images: Path, kills: int) -> dict[str, Any]:
 
 def measure() -> None:
     """Let this process note its memory and open files at every 50th step."""
-    training = import_module("detbb.train")
+    training = import_module("detbb.training.loop")
     after_step = training.after_step
 
     def measured(run: Any, *args: Any, **kwargs: Any) -> None:

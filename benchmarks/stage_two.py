@@ -24,17 +24,19 @@ import torchvision
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from detbb import cache_setup, optim
-from detbb.config import Config, DataConfig
-from detbb.data import read_split, train_loader
-from detbb.data.annotations import Annotations
-from detbb.data.shapes import generate_shapes
+from detbb.config.schema import Config, DataConfig
+from detbb.data.formats import read_split
+from detbb.data.formats.shapes import generate_shapes
+from detbb.data.loader import train_loader
 from detbb.detector import build_detector
-from detbb.distributed import wrap
-from detbb.feature_cache import FeatureCache, Store
-from detbb.frozen_prefix import FrozenPrefix
+from detbb.distributed.processes import wrap
+from detbb.feature_cache import setup as cache_setup
+from detbb.feature_cache.cache import FeatureCache, Store
+from detbb.feature_cache.frozen_prefix import FrozenPrefix
 from detbb.heads import find_head
-from detbb.step import Learner, train_step
+from detbb.structures.annotations import Annotations
+from detbb.training import optim
+from detbb.training.step import Learner, train_step
 
 HEADS: dict[str, dict[str, Any]] = {"semantic": {}, "classify": {"multi_label": True}, "fcos": {}}
 

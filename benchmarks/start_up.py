@@ -83,7 +83,7 @@ held = COCO(sys.argv[1])
 seconds = time.perf_counter() - began
 """
 OURS = """
-from detbb.data.coco import read_coco
+from detbb.data.formats.coco import read_coco
 before, began = status("VmRSS"), time.perf_counter()
 held = read_coco(Path(sys.argv[1]).parent, Path(sys.argv[1]))
 seconds = time.perf_counter() - began
@@ -95,9 +95,9 @@ print(json.dumps({"s": seconds, "held_mib": status("VmRSS") - before, "peak_mib"
 SAMPLES = """
 import numpy as np, os
 from unittest import mock
-from detbb.config import DataConfig
+from detbb.config.schema import DataConfig
 from detbb.data import reader
-from detbb.data.coco import read_coco
+from detbb.data.formats.coco import read_coco
 from detbb.data.sampler import Turns
 data = read_coco(Path(sys.argv[1]).parent, Path(sys.argv[1]))
 reader.read_image = lambda path, most: np.zeros((480, 640, 3), np.uint8)

@@ -26,14 +26,14 @@ from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from detbb import optim
-from detbb.config import Config
-from detbb.data.batch import Batch, ImageSize, Target
+from detbb.config.schema import Config
 from detbb.detector import build_detector
-from detbb.distributed import wrap
-from detbb.frozen_prefix import FrozenPrefix, last_frozen
+from detbb.distributed.processes import wrap
+from detbb.feature_cache.frozen_prefix import FrozenPrefix, last_frozen
 from detbb.heads import find_head
-from detbb.step import Learner, train_step
+from detbb.structures.batch import Batch, ImageSize, Target
+from detbb.training import optim
+from detbb.training.step import Learner, train_step
 
 CLASSES = [f"class {i}" for i in range(80)]
 CASES = {"nothing frozen": [], "stem and layer1": ["backbone.stem", "backbone.layer1"], "backbone": ["backbone"]}
@@ -85,7 +85,7 @@ def reference_step(model: nn.Module, batch: Batch) -> Callable[[], dict[str, flo
 
 
 def learner(arch: str, head: str, freeze: list[str], peer: nn.Module) -> Learner:
-    """detbb's detector with the peer's weights, as `enter` of detbb/train.py sets it up; no average, as in the peer."""
+    """detbb's detector with the peer's weights, as `enter` of detbb/training/loop.py sets it up; no average, as in the peer."""
     config = Config()
     config.backbone.arch = arch
     config.heads = {"it": find_head(head).Config(type=head, data="made")}

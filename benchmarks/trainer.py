@@ -30,7 +30,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from detbb import freeze, load_config, train
-from detbb.data import read_split, train_loader
+from detbb.data.formats import read_split
+from detbb.data.loader import train_loader
 from detbb.detector import build_detector
 
 CONFIG = """

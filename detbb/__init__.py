@@ -9,16 +9,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detbb.backbone import build_resnet, build_resnet_c4
-    from detbb.checkpoint import load_detector
-    from detbb.config_loading import load_config
+    from detbb.checkpoint.content import load_detector
     from detbb.detector import build_detector
-    from detbb.ema import Ema
-    from detbb.evaluate import evaluate
     from detbb.heads import HEADS, Head
-    from detbb.norm import SyncBatchNorm
-    from detbb.predict import predict
-    from detbb.train import train
+    from detbb.heads.loading import load_config
+    from detbb.inference.evaluate import evaluate
+    from detbb.inference.predict import predict
+    from detbb.modeling.backbones.resnet import build_resnet, build_resnet_c4
+    from detbb.modeling.norm import SyncBatchNorm
+    from detbb.training.ema import Ema
+    from detbb.training.loop import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,17 +38,17 @@ __all__ = [
 
 _MODULES = {
     "HEADS": "heads",
-    "Ema": "ema",
+    "Ema": "training.ema",
     "Head": "heads",
-    "SyncBatchNorm": "norm",
+    "SyncBatchNorm": "modeling.norm",
     "build_detector": "detector",
-    "build_resnet": "backbone",
-    "build_resnet_c4": "backbone",
-    "evaluate": "evaluate",
-    "load_config": "config_loading",
-    "load_detector": "checkpoint",
-    "predict": "predict",
-    "train": "train",
+    "build_resnet": "modeling.backbones.resnet",
+    "build_resnet_c4": "modeling.backbones.resnet",
+    "evaluate": "inference.evaluate",
+    "load_config": "heads.loading",
+    "load_detector": "checkpoint.content",
+    "predict": "inference.predict",
+    "train": "training.loop",
 }
 
 

@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from detbb import freeze
-from detbb.backbone import Backbone, build_resnet
-from detbb.config import Config
-from detbb.data import read_split
-from detbb.data.annotations import Annotations
-from detbb.data.batch import Batch, Given, ImageSize
-from detbb.distributed import world_size
-from detbb.errors import UserError
+from detbb.config.schema import Config
+from detbb.core.errors import UserError
+from detbb.data.formats import read_split
+from detbb.distributed.collectives import world_size
 from detbb.heads import find_head
-from detbb.heads.base import Head, HeadSpec, Predictions
-from detbb.neck import build_neck, layers_needed
-from detbb.norm import norm_layer
+from detbb.heads.base import Head, HeadSpec
+from detbb.modeling.backbones.resnet import Backbone, build_resnet
+from detbb.modeling.neck import build_neck, layers_needed
+from detbb.modeling.norm import norm_layer
+from detbb.structures.batch import Batch, Given, ImageSize
+from detbb.structures.class_list import ClassList
+from detbb.structures.predictions import Predictions
 
 # ImageNet's RGB mean and standard deviation on the scale 0 … 255 (torchvision's weights expect them).
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
-
-
-@dataclass(frozen=True)
-class ClassList:
-    """What the labels of a branch mean: names in label order, the ids of the annotation file, keypoint names."""
-
-    names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    keypoints: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "names": list(self.names),
-            "category_ids": [int(i) for i in self.category_ids],
-            "keypoints": list(self.keypoints),
-        }
-
-    @classmethod
-    def of_data(cls, annotations: Annotations) -> ClassList:
-        """What the labels of a data source mean."""
-        ids = tuple(int(i) for i in annotations.category_ids)
-        return cls(annotations.classes, ids, annotations.keypoint_names)
-
-    @classmethod
-    def of(cls, value: ClassList | Mapping[str, Any] | Sequence[str]) -> ClassList:
-        """From `to_dict`'s form, or from names alone (ids 1, 2, …)."""
-        if isinstance(value, ClassList):
-            return value
-        if isinstance(value, Mapping):
-            return cls(tuple(value["names"]), tuple(value["category_ids"]), tuple(value.get("keypoints", ())))
-        return cls(tuple(value), tuple(range(1, len(value) + 1)))
 
 
 class Detector(nn.Module):
@@ -175,6 +145,21 @@ class Detector(nn.Module):
 
     def _carried(self) -> set[str]:
         return {f"heads.{name}" for name in self.heads if name not in self.sources}
+
+
+def view(detector: Detector, replaced: Mapping[str, Tensor] = {}) -> Detector:
+    """A detector of its own in eval mode that shares every tensor with `detector` but the replaced ones.
+
+    Costs no tensor memory. Evaluating it leaves the live detector's mode, gradients and statistics alone.
+    """
+    # deepcopy looks an object up in `memo` by id before it copies it: with all tensors listed, only modules are copied.
+    memo: dict[int, Any] = {}
+    for name, parameter in detector.named_parameters():
+        tensor = replaced.get(name, parameter.detach()).to(parameter.device, parameter.dtype)
+        memo[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+    for name, buffer in detector.named_buffers():
+        memo[id(buffer)] = replaced[name].to(buffer.device, buffer.dtype) if name in replaced else buffer
+    return copy.deepcopy(detector, memo).eval()
 
 
 def build_detector(config: Config, classes: Mapping[str, Any] | None = None) -> Detector:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from detbb.backbone import STEM
-from detbb.errors import UserError, nearest
-from detbb.norm import FrozenBatchNorm2d, has_running_stats, is_norm, norm_modules
+from detbb.core.errors import UserError, nearest
+from detbb.modeling.backbones.resnet import STEM
+from detbb.modeling.norm import FrozenBatchNorm2d, has_running_stats, is_norm, norm_modules
 
 if TYPE_CHECKING:
     from detbb.detector import Detector

@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detbb.data.annotations import Annotations
-from detbb.data.batch import Batch, ImageSize
-from detbb.distributed import shared_count
-from detbb.heads.base import Evaluator, Head, HeadConfig, HeadSpec, Predictions
+from detbb.config.schema import HeadConfig
+from detbb.distributed.collectives import shared_count
+from detbb.heads.base import Evaluator, Head, HeadSpec
+from detbb.structures.annotations import Annotations
+from detbb.structures.batch import Batch, ImageSize
+from detbb.structures.predictions import Predictions
 
 
 @dataclass

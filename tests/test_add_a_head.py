@@ -12,12 +12,12 @@ import test_heads
 import torch
 from heads_support import make_batch, make_features, make_head
 
-from detbb.config_loading import load_config
-from detbb.data import read_split
+from detbb.data.formats import read_split
 from detbb.heads import find_head
-from detbb.predict import predict
-from detbb.predictions import Predictions
-from detbb.train import train
+from detbb.heads.loading import load_config
+from detbb.inference.predict import predict
+from detbb.structures.predictions import Predictions
+from detbb.training.loop import train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILE = REPOSITORY / "examples" / "counting_head.py"

@@ -7,9 +7,9 @@ import torch
 import torchvision
 from torch import nn
 
-from detbb.backbone import ARCHS, STRIDES, Backbone, build_resnet, build_resnet_c4
-from detbb.errors import UserError
-from detbb.norm import FrozenBatchNorm2d, group_norm, is_norm
+from detbb.core.errors import UserError
+from detbb.modeling.backbones.resnet import ARCHS, STRIDES, Backbone, build_resnet, build_resnet_c4
+from detbb.modeling.norm import FrozenBatchNorm2d, group_norm, is_norm
 
 WHOLE = ("layer1", "layer2", "layer3", "layer4")
 

@@ -16,13 +16,13 @@ from rich.console import Console
 from runs import flat, load
 from stages import FIRST, SECOND, SMALL_FILES, THIRD, evaluated, results, stage
 
-from detbb.branches import BRANCH_FORM, attach, extract, remove
-from detbb.checkpoint import KEYS, load_detector, read_checkpoint
-from detbb.errors import UserError
-from detbb.evaluate import evaluate
+from detbb.checkpoint.branches import BRANCH_FORM, attach, extract, remove
+from detbb.checkpoint.content import KEYS, load_detector, read_checkpoint
+from detbb.checkpoint.inspection import diff, show
+from detbb.core.errors import UserError
 from detbb.freeze import digest
-from detbb.inspection import diff, show
-from detbb.train import train
+from detbb.inference.evaluate import evaluate
+from detbb.training.loop import train
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "checkpoint.py"
 COMMANDS = ("show", "diff", "extract", "attach", "remove")

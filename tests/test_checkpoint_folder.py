@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from detbb import checkpoint_folder, files
-from detbb.checkpoint import FORM, read_checkpoint
-from detbb.checkpoint_folder import CheckpointFolder
-from detbb.errors import UserError
-from detbb.files import BadFile
+from detbb.checkpoint import folder as checkpoint_folder
+from detbb.checkpoint.content import FORM, read_checkpoint
+from detbb.checkpoint.folder import CheckpointFolder
+from detbb.core import files
+from detbb.core.errors import UserError
+from detbb.core.files import BadFile
 
 
 def content(step: int) -> dict[str, Any]:
@@ -87,7 +88,7 @@ class PowerLoss:
 
 
 def mutated(old: str, new: str) -> type[CheckpointFolder]:
-    """`CheckpointFolder` on a changed source of detbb.files and its own."""
+    """`CheckpointFolder` on a changed source of detbb.core.files and its own."""
     sources = {module: inspect.getsource(module) for module in (files, checkpoint_folder)}
     assert sum(source.count(old) for source in sources.values()) == 1, old
     made = {module: types.ModuleType(module.__name__) for module in sources}

@@ -12,12 +12,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detbb.config import Config
-from detbb.config_docs import PATH as DOCS
-from detbb.config_docs import make_docs
-from detbb.config_loading import config_from_dict, config_to_dict, load_config, save_config
-from detbb.errors import UserError
+from detbb.config.docs import PATH as DOCS
+from detbb.config.docs import make_docs
+from detbb.config.loading import config_to_dict, save_config
+from detbb.config.schema import Config
+from detbb.core.errors import UserError
 from detbb.heads.fcos import FcosHead
+from detbb.heads.loading import config_from_dict, load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VALID = """
@@ -385,7 +386,7 @@ def test_the_installed_command_runs_the_tools(tmp_path: Path, installed: bool):
         path = tmp_path
         shutil.copytree(REPOSITORY / "tools", path / "detbb_tools")
         (path / "detbb_tools" / "train.py").write_text("print('its own')")
-    code = f"import sys, detbb.cli; detbb.cli.__file__ = {str(path / 'detbb' / 'cli.py')!r}; detbb.cli.command()"
+    code = f"import sys, detbb.core.cli; detbb.core.cli.__file__ = {str(path / 'detbb' / 'cli.py')!r}; detbb.core.cli.command()"
     for arguments, code_of, said in (
         (["train", "--help"], 0, "its own" if installed else "usage: train.py"),
         (["eval", "nope.pt"], 2, "error: checkpoint nope.pt: no such file"),

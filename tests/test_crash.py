@@ -13,7 +13,7 @@ import pytest
 from crash import MOMENTS, Job, differences, train_to_end
 from runs import learned, lines, load
 
-from detbb.checkpoint_folder import CheckpointFolder
+from detbb.checkpoint.folder import CheckpointFolder
 
 OPTIONS = (
     "phases=[{steps: 3, freeze: [backbone, neck]}, {steps: 4, freeze: [backbone.stem]}, {freeze: [neck]}]",
@@ -128,7 +128,7 @@ def test_how_often_is_saved_does_not_change_what_is_learned(tmp_path_factory, im
 
 def overflow() -> None:
     """A weight becomes infinite in step 3, although loss and gradients were finite."""
-    step = import_module("detbb.step")
+    step = import_module("detbb.training.step")
     update, calls = step._update, itertools.count(1)
 
     def overflown(learner, *args):
@@ -150,7 +150,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, images):
 
 def stop_the_group() -> None:
     """A scheduler that ends a job sends SIGTERM to all of its processes, DataLoader workers included."""
-    training = import_module("detbb.train")
+    training = import_module("detbb.training.loop")
     learn, calls = training.train_step, itertools.count(1)
 
     def interrupted(*args, **kwargs):
@@ -163,7 +163,7 @@ def stop_the_group() -> None:
 
 
 def workers_that_heed_signals() -> None:
-    import_module("detbb.data.dataset")._start_worker = lambda _: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    import_module("detbb.data.loader")._start_worker = lambda _: signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_a_signal_to_the_whole_group_leaves_a_checkpoint(tmp_path, images):
@@ -180,7 +180,7 @@ def test_without_the_signal_mask_of_the_workers_it_does_not(tmp_path, images):
 
 def augmentation_from_a_stream() -> None:
     numbers = itertools.count(1)
-    import_module("detbb.data.dataset").Reader.stream = lambda *_: next(numbers)
+    import_module("detbb.data.loader").Reader.stream = lambda *_: next(numbers)
 
 
 def order_from_a_stream() -> None:
@@ -191,13 +191,13 @@ def order_from_a_stream() -> None:
 
 
 def updates_are_not_counted_on() -> None:
-    average = import_module("detbb.ema").Ema
+    average = import_module("detbb.training.ema").Ema
     load_state = average.load_state_dict
     average.load_state_dict = lambda self, state: load_state(self, {**state, "updates": 0})
 
 
 def optimizer_starts_afresh() -> None:
-    import_module("detbb.optim").load_state_by_name = lambda *_: None
+    import_module("detbb.training.optim").load_state_by_name = lambda *_: None
 
 
 @pytest.mark.parametrize(

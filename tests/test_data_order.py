@@ -21,15 +21,15 @@ from data_support import box, shapes_config, shapes_split
 from PIL import Image
 from torch import Tensor
 
-from detbb.config import Config, DataConfig, SplitConfig, TrainConfig
-from detbb.data import eval_loader, read_split, train_loader
-from detbb.data.batch import Batch
-from detbb.data.dataset import TrainDataset
-from detbb.data.reader import Reader
+from detbb.config.schema import Config, DataConfig, SplitConfig, TrainConfig
+from detbb.core.errors import UserError
+from detbb.data.formats import read_split
+from detbb.data.loader import TrainDataset, eval_loader, train_loader
+from detbb.data.sample import Reader
 from detbb.data.sampler import SampleKey, SampleOrder, StepSampler, Turns, mix
-from detbb.errors import UserError
-from detbb.evaluate import ground_truth
-from detbb.predictions import Predictions
+from detbb.inference.evaluate import ground_truth
+from detbb.structures.batch import Batch
+from detbb.structures.predictions import Predictions
 
 NEEDS = {"shapes": frozenset({"boxes", "masks", "keypoints"})}
 
@@ -300,7 +300,7 @@ def test_targets_cross_processes_without_open_files(folder: Path) -> None:
 CHILD = """
 import os, sys, time
 from data_support import shapes_config, shapes_split
-from detbb.data import train_loader
+from detbb.data.loader import train_loader
 from pathlib import Path
 config = shapes_config(Path(sys.argv[1]), workers=2)
 data, needs = {"shapes": shapes_split(config)}, {"shapes": frozenset()}

@@ -17,14 +17,14 @@ import pytest
 from data_support import box, read, shapes_config, shapes_source, shapes_split, write_coco
 from PIL import Image
 
-from detbb.config import DataConfig, SplitConfig
-from detbb.data import read_split
-from detbb.data.annotations import Annotations
-from detbb.data.coco import flip_pairs, read_coco
-from detbb.data.semantic import read_mask
-from detbb.data.spread import spread
-from detbb.errors import UserError
-from detbb.stopping import StopSignals
+from detbb.config.schema import DataConfig, SplitConfig
+from detbb.core.errors import UserError
+from detbb.data.formats import read_split
+from detbb.data.formats.coco import flip_pairs, read_coco
+from detbb.data.formats.fork_map import spread
+from detbb.data.formats.semantic import read_mask
+from detbb.structures.annotations import Annotations
+from detbb.training.signals import StopSignals
 
 GOOD = [box(5, 7, [1, 2, 10, 20]), box(6, 0, [0, 0, 5, 5], 90), box(9, 7, [3.5, 4.25, 6, 7], 90, iscrowd=1)]
 
@@ -451,8 +451,8 @@ def test_runs_of_objects_on_several_processes_are_the_file_read_at_once(
         box(31, 7, [1, 1, 2, 2], segmentation=square | {"size": [1, 1]}),
     ]
     at_once = everything(read(tmp_path, rows))
-    monkeypatch.setattr("detbb.data.coco_file.AT_ONCE", 2)
-    monkeypatch.setattr("detbb.data.coco.LEAST_RUNS", 1)
+    monkeypatch.setattr("detbb.data.formats.coco_json.AT_ONCE", 2)
+    monkeypatch.setattr("detbb.data.formats.coco.LEAST_RUNS", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     assert everything(read(tmp_path, rows)) == at_once and len(at_once["masks"]) == 7
     with pytest.raises(UserError, match=r"2 x segmentation with an odd .* annotation ids 30, 31"):

@@ -11,13 +11,13 @@ import pytest
 from data_support import box, read, shapes_source
 from pycocotools import mask as coco_mask
 
-from detbb.config import DataConfig
-from detbb.data import read_split
-from detbb.data.annotations import Annotations, Segments, rle_fits
-from detbb.data.dataset import Reader
+from detbb.config.schema import DataConfig
+from detbb.core.errors import UserError
+from detbb.data.formats import read_split
+from detbb.data.loader import Reader
 from detbb.data.sampler import mix
 from detbb.data.transforms import _KEEP_SIZE, Sample, Transform, rasterize, resize
-from detbb.errors import UserError
+from detbb.structures.annotations import Annotations, Segments, rle_fits
 
 NEEDS = frozenset({"boxes", "masks", "keypoints"})
 

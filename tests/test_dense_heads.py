@@ -12,14 +12,14 @@ from heads_support import CLASSES, make_batch, make_features, make_head
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from detbb.data.annotations import Annotations, PackedStrings
-from detbb.data.batch import ImageSize
-from detbb.errors import UserError
+from detbb.core.errors import UserError
 from detbb.heads import HEADS, dense
 from detbb.heads.classify import ClassifyHead
 from detbb.heads.dense import giou_loss
 from detbb.heads.fcos import FcosHead
 from detbb.heads.semantic import SemanticHead
+from detbb.structures.annotations import Annotations, PackedStrings
+from detbb.structures.batch import ImageSize
 
 SEMANTIC_LEVELS = ("p3", "p4", "p5")
 

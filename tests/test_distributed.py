@@ -20,21 +20,23 @@ from learning import make_learner
 from processes import run_ranks
 from runs import load
 
-from detbb import optim
-from detbb.config import Config
-from detbb.config_loading import load_config
-from detbb.data import read_split, train_loader
+from detbb.config.schema import Config
+from detbb.core.errors import PeerLost, UserError
+from detbb.data.formats import read_split
+from detbb.data.loader import train_loader
 from detbb.detector import Detector, build_detector
-from detbb.distributed import agreed, all_gather_objects, processes, rank, world_size
-from detbb.errors import PeerLost, UserError
+from detbb.distributed.collectives import agreed, all_gather_objects, rank, world_size
+from detbb.distributed.lost_process import Peers, is_lost_peer
+from detbb.distributed.processes import processes
 from detbb.freeze import digest
 from detbb.heads.fcos import FcosConfig, FcosHead
-from detbb.peers import Peers, is_lost_peer
-from detbb.step import Learner, read_losses, train_step
-from detbb.stopping import StopSignals
-from detbb.train import train
+from detbb.heads.loading import load_config
+from detbb.training import optim
+from detbb.training.loop import train
+from detbb.training.signals import StopSignals
+from detbb.training.step import Learner, read_losses, train_step
 
-training = importlib.import_module("detbb.train")  # the package's attribute of this name is the function
+training = importlib.import_module("detbb.training.loop")  # the package's attribute of this name is the function
 
 HEADS = {
     "fcos": "{type: fcos, data: shapes, levels: [p3, p4], num_convs: 1}",
@@ -134,7 +136,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         write_case(folder, case)
     read_split(case_config(folder, CASES[0]).data["shapes"], "train", "shapes")  # generates the images
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["detbb.train"])
+    context.set_forkserver_preload(["detbb.training.loop"])
     with ProcessPoolExecutor(2, mp_context=context) as pool:
         found = dict(zip(CASES, pool.map(alone, [folder] * len(CASES), CASES), strict=True))
     return folder, found, run_ranks(together, 2, folder, timeout_s=900)
@@ -385,7 +387,7 @@ def test_what_cannot_be_started_is_a_users_error(monkeypatch: pytest.MonkeyPatch
 
 
 def test_who_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detbb.peers.MEET_S", 0.3)
+    monkeypatch.setattr("detbb.distributed.lost_process.MEET_S", 0.3)
     store = dist.HashStore()
     with pytest.raises(PeerLost, match="rank 1, 2 did not start within"):
         Peers(store, 0, 3, timeout_s=0.1)

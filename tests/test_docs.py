@@ -11,13 +11,13 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from detbb.config import DataConfig
-from detbb.config_loading import load_config
-from detbb.data import read_split
+from detbb.config.schema import DataConfig
+from detbb.data.formats import read_split
 from detbb.data.images import FORMATS
 from detbb.heads import HEADS
-from detbb.predictions import Predictions
-from detbb.setup import repairs
+from detbb.heads.loading import load_config
+from detbb.structures.predictions import Predictions
+from detbb.training.setup import repairs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))

@@ -12,13 +12,13 @@ import yaml
 from planted import DataSet, semantic, voc, yolo
 from runs import TINY, tiny_config
 
-from detbb.cli import run
-from detbb.data import file_checks
-from detbb.data.doctor import examine
-from detbb.data.repair import check
-from detbb.errors import UserError
-from detbb.setup import read_sources
-from detbb.train import train
+from detbb.core.cli import run
+from detbb.core.errors import UserError
+from detbb.data.doctor import image_files
+from detbb.data.doctor.examine import examine
+from detbb.data.doctor.repair import check
+from detbb.training.loop import train
+from detbb.training.setup import read_sources
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -133,14 +133,14 @@ def test_what_masks_and_keypoints_lack_is_said(tmp_path):
 
 def test_a_second_pass_looks_at_no_file_until_one_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(file_checks, "REMEMBERED_FROM_S", 0.0)
+    monkeypatch.setattr(image_files, "REMEMBERED_FROM_S", 0.0)
     data = DataSet(tmp_path / "data")
     data.file("val").write_bytes(b"text")
     source = {"shapes": data.source()}
     first = examine(source).to_dict()
     (memory,) = (tmp_path / "cache" / "detbb" / "data").iterdir()
     looked = []
-    monkeypatch.setattr(file_checks, "image_header", lambda path: looked.append(path) or (30, 40))
+    monkeypatch.setattr(image_files, "image_header", lambda path: looked.append(path) or (30, 40))
     assert examine(source).to_dict() == first and first["refused"] == 1 and looked == []
     for damage in (b"", b"[1]", b'{"train": {"faults": [], "bad": [99]}, "val": {"faults": [], "bad": []}}'):
         memory.write_bytes(damage)
@@ -158,7 +158,7 @@ def test_real_data_passes(tmp_path, data_folder):
         s: {"images": str(root / s), "annotations": str(root / f"annotations/instances_{s}.json")}
         for s in ("train", "val")
     }
-    from detbb.config import DataConfig, SplitConfig
+    from detbb.config.schema import DataConfig, SplitConfig
 
     config.data = {"coco": DataConfig(train=SplitConfig(**files["train"]), val=SplitConfig(**files["val"]))}
     report = check(config)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from learning import bits_differ, copy_state, learn, make_learner, small_config, small_detector, switch
 
-from detbb.config import EmaConfig
-from detbb.ema import Ema, view
+from detbb.config.schema import EmaConfig
+from detbb.detector import view
+from detbb.training.ema import Ema
 
 STEM = ["backbone.stem", "backbone.layer1"]
 

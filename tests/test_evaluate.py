@@ -18,22 +18,22 @@ from PIL import Image
 from planted import DataSet, semantic
 from processes import run_ranks
 
-from detbb.branches import extract
-from detbb.checkpoint import load_detector, open_checkpoint
-from detbb.config import Config, TrainConfig
-from detbb.config_loading import config_from_dict
-from detbb.data import read_split
+from detbb.checkpoint.branches import extract
+from detbb.checkpoint.content import load_detector, open_checkpoint
+from detbb.config.schema import Config, TrainConfig
+from detbb.core.errors import UserError
+from detbb.data.formats import read_split
 from detbb.data.images import BadImage
-from detbb.distributed import rank
-from detbb.errors import UserError
-from detbb.evaluate import evaluate, evaluate_detector, write_json
-from detbb.evaluators import CocoEvaluator, SemanticEvaluator
-from detbb.export import export_onnx
+from detbb.distributed.collectives import rank
+from detbb.heads.loading import config_from_dict
 from detbb.heads.semantic import SemanticConfig
-from detbb.log import RunLog
-from detbb.predict import find_images, predict
-from detbb.predictions import Predictions
-from detbb.train import train
+from detbb.inference.evaluate import evaluate, evaluate_detector, write_json
+from detbb.inference.export import export_onnx
+from detbb.inference.predict import find_images, predict
+from detbb.metrics.evaluators import CocoEvaluator, SemanticEvaluator
+from detbb.report.log import RunLog
+from detbb.structures.predictions import Predictions
+from detbb.training.loop import train
 
 ROOT = Path(__file__).parents[1]
 FILES = ("results.json", "metrics.json", "samples.png", "pr_curves.png")

@@ -14,10 +14,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detbb.coco_engines import coco_evaluation, coco_ground_truth
-from detbb.data.annotations import Annotations, PackedStrings, Segments
-from detbb.evaluators import ClassificationEvaluator, CocoEvaluator, SemanticEvaluator
-from detbb.predictions import Predictions
+from detbb.metrics.coco_ap import coco_evaluation, coco_ground_truth
+from detbb.metrics.evaluators import ClassificationEvaluator, CocoEvaluator, SemanticEvaluator
+from detbb.structures.annotations import Annotations, PackedStrings, Segments
+from detbb.structures.predictions import Predictions
 
 COCO_TINY = Path(os.environ.get("DETBB_DATA", Path(__file__).parents[2] / "shared/data")) / "coco-tiny"
 

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from detbb import export
-from detbb.checkpoint import FORMAT_VERSION, load_detector
-from detbb.config import Config, DataConfig, SplitConfig
-from detbb.config_loading import config_to_dict
-from detbb.data.batch import ImageSize
+from detbb.checkpoint.content import FORMAT_VERSION, load_detector
+from detbb.config.loading import config_to_dict
+from detbb.config.schema import Config, DataConfig, SplitConfig
+from detbb.core.errors import UserError
+from detbb.core.files import save_tensors
 from detbb.detector import build_detector
-from detbb.errors import UserError
-from detbb.export import Check, ExportDiffers, compare, export_onnx
-from detbb.files import save_tensors
 from detbb.heads import find_head
-from detbb.predictions import Predictions
+from detbb.inference import export
+from detbb.inference.export import Check, ExportDiffers, compare, export_onnx
+from detbb.structures.batch import ImageSize
+from detbb.structures.predictions import Predictions
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 pytest.importorskip("onnx")

@@ -22,7 +22,7 @@ from two_stage_support import (
     torchvision_model,
 )
 
-from detbb.errors import UserError
+from detbb.core.errors import UserError
 from detbb.heads import rpn as rpn_module
 from detbb.heads.faster_rcnn import FasterRcnnHead
 from detbb.heads.faster_rcnn_c4 import FasterRcnnC4Head

@@ -12,17 +12,17 @@ from crash import shrink
 from planted import DATA_FAULTS, DOCS, FILE_FAULTS, DataFault, DataSet, FileFault, Files, document
 from runs import tiny_config
 
-from detbb.backbone import Backbone, build_resnet
-from detbb.checkpoint import FORMAT_VERSION, open_checkpoint, restore_detector, versions
-from detbb.config_loading import config_to_dict
-from detbb.data import eval_loader
-from detbb.data.doctor import Report, examine
+from detbb.checkpoint.content import FORMAT_VERSION, open_checkpoint, restore_detector, versions
+from detbb.config.loading import config_to_dict
+from detbb.core.errors import UserError
+from detbb.data.doctor.examine import Report, examine
+from detbb.data.doctor.repair import write_repaired
+from detbb.data.formats.semantic import read_mask
 from detbb.data.images import BadImage
-from detbb.data.repair import write_repaired
-from detbb.data.semantic import read_mask
+from detbb.data.loader import eval_loader
 from detbb.detector import Detector, build_detector
-from detbb.errors import UserError
-from detbb.weights import load_backbone_weights
+from detbb.modeling.backbones.resnet import Backbone, build_resnet
+from detbb.modeling.weights import load_backbone_weights
 
 
 def read_all(report: Report, data: DataSet) -> list[str]:

@@ -17,10 +17,10 @@ from heads_support import (
 from torch import nn
 from torchvision.models.detection import FCOS
 
-from detbb.data.batch import ImageSize
-from detbb.errors import UserError
+from detbb.core.errors import UserError
 from detbb.heads.fcos import FcosHead
-from detbb.norm import FrozenBatchNorm2d
+from detbb.modeling.norm import FrozenBatchNorm2d
+from detbb.structures.batch import ImageSize
 
 LEVELS = ("p3", "p4", "p5", "p6", "p7")
 DEFAULTS = {"num_convs": 4, "score_threshold": 0.05, "detections_per_image": 100}

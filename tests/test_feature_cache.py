@@ -14,15 +14,16 @@ import torch
 from learning import small_config, small_detector
 from runs import learned, lines, tiny_config
 
-from detbb import cache_setup
-from detbb.config import DataConfig
-from detbb.data import read_split, train_loader
-from detbb.data.reader import Reader
-from detbb.errors import Stopped, UserError
-from detbb.feature_cache import DTYPES, REST_AFTER, FeatureCache, Plan, Store, folder_name, open_folder
-from detbb.frozen_prefix import FrozenPrefix
+from detbb.config.schema import DataConfig
+from detbb.core.errors import Stopped, UserError
+from detbb.data.formats import read_split
+from detbb.data.loader import train_loader
+from detbb.data.sample import Reader
+from detbb.feature_cache import setup as cache_setup
+from detbb.feature_cache.cache import DTYPES, REST_AFTER, FeatureCache, Plan, Store, folder_name, open_folder
+from detbb.feature_cache.frozen_prefix import FrozenPrefix
 
-training = importlib.import_module("detbb.train")
+training = importlib.import_module("detbb.training.loop")
 FLIPS = "data.shapes.augment=[{type: HorizontalFlip, p: 0.5}, {type: VerticalFlip, p: 0.5}]"
 POLICIES = {  # augmentation, variants an image
     "none": (["data.shapes.augment=none"], 1),

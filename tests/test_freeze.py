@@ -10,10 +10,11 @@ from learning import bits_differ, copy_state, learn, made_batch, make_learner, s
 from processes import run_ranks
 from torch import nn
 
-from detbb import freeze, optim
-from detbb.config import EmaConfig
-from detbb.ema import view
-from detbb.errors import UserError
+from detbb import freeze
+from detbb.config.schema import EmaConfig
+from detbb.core.errors import UserError
+from detbb.detector import view
+from detbb.training import optim
 
 STEM = ["backbone.stem", "backbone.layer1"]
 ALL_SHARED = ["backbone", "neck"]

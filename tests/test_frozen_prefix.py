@@ -13,13 +13,13 @@ from runs import tiny_config
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
-from detbb.config import TrainConfig
-from detbb.data.batch import Given
-from detbb.ema import view
-from detbb.frozen_prefix import FrozenPrefix, folded, last_frozen
-from detbb.norm import SyncBatchNorm
+from detbb.config.schema import TrainConfig
+from detbb.detector import view
+from detbb.feature_cache.frozen_prefix import FrozenPrefix, folded, last_frozen
+from detbb.modeling.norm import SyncBatchNorm
+from detbb.structures.batch import Given
 
-training = importlib.import_module("detbb.train")
+training = importlib.import_module("detbb.training.loop")
 STEM = ["backbone.stem", "backbone.layer1"]
 ALL = ["backbone", "neck"]
 

@@ -29,16 +29,15 @@ from planted import DataSet, Evil
 from runs import TINY
 from test_checkpoint_folder import content
 
-from detbb.backbone import build_resnet
-from detbb.checkpoint import open_checkpoint, restore_detector
-from detbb.config_loading import load_config
-from detbb.data import eval_loader
-from detbb.data.dataset import Reader
-from detbb.data.doctor import examine
+from detbb.checkpoint.content import open_checkpoint, restore_detector
+from detbb.core.errors import UserError
+from detbb.data.doctor.examine import examine
 from detbb.data.images import image_header, read_image, read_index_png
-from detbb.errors import UserError
-from detbb.evaluators import CocoEvaluator
-from detbb.weights import load_backbone_weights
+from detbb.data.loader import Reader, eval_loader
+from detbb.heads.loading import load_config
+from detbb.metrics.evaluators import CocoEvaluator
+from detbb.modeling.backbones.resnet import build_resnet
+from detbb.modeling.weights import load_backbone_weights
 
 INPUTS = int(os.environ.get("DETBB_FUZZ", "50"))
 LONGEST_S = 20

@@ -14,12 +14,12 @@ import torch
 from heads_support import CLASSES, make_batch, make_features, make_head, make_spec
 from torch.utils._pytree import tree_leaves
 
-import detbb.distributed
-from detbb.cli import Parser
-from detbb.config_loading import config_from_dict
-from detbb.data.batch import Batch
-from detbb.errors import UserError
+import detbb.distributed.collectives
+from detbb.core.cli import Parser
+from detbb.core.errors import UserError
 from detbb.heads import HEADS, Head, HeadConfig, find_head
+from detbb.heads.loading import config_from_dict
+from detbb.structures.batch import Batch
 
 pytestmark = pytest.mark.filterwarnings("error")
 each_head = pytest.mark.parametrize("head_type", HEADS.values(), ids=HEADS)
@@ -154,8 +154,8 @@ def test_two_ranks_together_have_the_loss_of_the_whole_batch(head_type, monkeypa
 
     whole = loss(slice(0, 2))
     counts: list[list[torch.Tensor]] = [[], []]
-    monkeypatch.setattr(detbb.distributed, "is_distributed", lambda: True)
-    monkeypatch.setattr(detbb.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(detbb.distributed.collectives, "is_distributed", lambda: True)
+    monkeypatch.setattr(detbb.distributed.collectives, "world_size", lambda: 2)
     for rank in (0, 1):  # first hear what each rank counts, in order …
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, rank=rank: counts[rank].append(x.clone()))
         loss(slice(rank, rank + 1))

@@ -20,9 +20,9 @@ from two_stage_support import (
     torchvision_model,
 )
 
-from detbb.errors import UserError
-from detbb.heads.base import Predictions
+from detbb.core.errors import UserError
 from detbb.heads.keypoint_rcnn import KeypointRcnnHead
+from detbb.structures.predictions import Predictions
 
 LEVELS = ("p2", "p3", "p4", "p5")
 

@@ -15,19 +15,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from detbb.config_loading import load_config
+from detbb.heads.loading import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = sorted((REPOSITORY / "detbb").rglob("*.py"))
 # What puts the parts together may import widely; everything else knows its neighbours.
 WIDE = {
-    "detbb.train",
-    "detbb.run",
-    "detbb.evaluate",
-    "detbb.predict",
-    "detbb.setup",
-    "detbb.checkpoint",
-    "detbb.export",
+    "detbb.training.loop",
+    "detbb.training.run",
+    "detbb.inference.evaluate",
+    "detbb.inference.predict",
+    "detbb.training.setup",
+    "detbb.checkpoint.content",
+    "detbb.inference.export",
 }
 MOST_IMPORTS = 12
 
@@ -79,7 +79,13 @@ def test_only_what_puts_the_parts_together_imports_widely():
 def test_nothing_below_imports_what_is_above():
     """data, backbone, neck and heads know nothing of the detector, the loop or the commands."""
     low = [m for m in MODULES if m.split(".")[1:2] in (["data"], ["heads"], ["backbone"], ["neck"], ["norm"])]
-    above = {"detbb.detector", "detbb.freeze", "detbb.checkpoint", "detbb.step", "detbb.cli"} | WIDE
+    above = {
+        "detbb.detector",
+        "detbb.freeze",
+        "detbb.checkpoint.content",
+        "detbb.training.step",
+        "detbb.core.cli",
+    } | WIDE
     assert len(low) > 10
     assert not {m: imports(m) & above for m in low if imports(m) & above}
 
@@ -99,9 +105,8 @@ def test_import_detbb_is_instant_and_its_names_are_there():
     code = """
 import sys, detbb
 assert not {"torch", "numpy", "yaml"} & set(sys.modules)
-import detbb.train, detbb.evaluate, detbb.predict
-from detbb import (load_config, build_detector, load_detector, train, evaluate, predict,
-                   build_resnet, build_resnet_c4, SyncBatchNorm, Ema, HEADS, Head)
+import detbb.training.loop, detbb.inference.evaluate, detbb.inference.predict
+from detbb import load_config, build_detector, load_detector, train, evaluate, predict, build_resnet, build_resnet_c4, SyncBatchNorm, Ema, HEADS, Head
 names = [load_config, build_detector, load_detector, train, evaluate, predict, build_resnet, build_resnet_c4]
 assert all(type(f).__name__ == "function" for f in names), names
 assert issubclass(HEADS["fcos"], Head) and set(detbb.__all__) <= set(dir(detbb))

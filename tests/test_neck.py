@@ -10,9 +10,9 @@ from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from detbb.config import NeckConfig
-from detbb.errors import UserError
-from detbb.neck import COARSE, LATERAL, Fpn, NoNeck, build_neck, layers_needed
+from detbb.config.schema import NeckConfig
+from detbb.core.errors import UserError
+from detbb.modeling.neck import COARSE, LATERAL, Fpn, NoNeck, build_neck, layers_needed
 
 CHANNELS = {"layer1": 8, "layer2": 16, "layer3": 24, "layer4": 32}
 STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}

@@ -11,8 +11,8 @@ import torchvision.ops.misc
 from processes import run_ranks
 from torch import nn
 
-from detbb.errors import UserError
-from detbb.norm import (
+from detbb.core.errors import UserError
+from detbb.modeling.norm import (
     FrozenBatchNorm2d,
     SyncBatchNorm,
     convert_norm,

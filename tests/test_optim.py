@@ -7,11 +7,18 @@ import torch
 from learning import small_config, small_detector
 from torch import nn
 
-from detbb.config import OptimizerConfig, PhaseConfig, ScheduleConfig
-from detbb.errors import UserError
-from detbb.norm import is_norm
-from detbb.optim import build_optimizer, decay_by_name, load_state_by_name, lr_factor, lr_multiplier, state_by_name
-from detbb.phases import phase_at, plan_phases
+from detbb.config.phases import phase_at, plan_phases
+from detbb.config.schema import OptimizerConfig, PhaseConfig, ScheduleConfig
+from detbb.core.errors import UserError
+from detbb.modeling.norm import is_norm
+from detbb.training.optim import (
+    build_optimizer,
+    decay_by_name,
+    load_state_by_name,
+    lr_factor,
+    lr_multiplier,
+    state_by_name,
+)
 
 
 def test_every_trained_parameter_is_in_exactly_one_group():

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from detbb.plots import class_colour, draw_predictions, pr_curves, samples_grid
-from detbb.predictions import Predictions
+from detbb.report.plots import class_colour, draw_predictions, pr_curves, samples_grid
+from detbb.structures.predictions import Predictions
 
 GRAY = np.full((500, 600, 3), 128, np.uint8)
 CLASSES = ("cell", "platelet", "細胞")

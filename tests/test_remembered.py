@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from data_support import box, write_coco
 
-from detbb.data import coco, remembered
-from detbb.data.annotations import Annotations, Fault, PackedStrings, Segments
-from detbb.data.coco import read_coco
-from detbb.data.faults import Faults
-from detbb.errors import UserError
+from detbb.core.errors import UserError
+from detbb.data.formats import annotation_cache as remembered
+from detbb.data.formats import coco
+from detbb.data.formats.coco import read_coco
+from detbb.data.formats.faults import Faults
+from detbb.structures.annotations import Annotations, Fault, PackedStrings, Segments
 
 SQUARE = {"size": [30, 40], "counts": [600, 5, 595]}
 POLYGON = [1.5, 2, 9, 2, 9, 12.25]
@@ -144,7 +145,7 @@ def test_other_classes_versions_and_checks_are_read_again(
     assert start(file, classes=["zebra", "car"]).classes == ("zebra", "car") and len(reads) == 3
     with pytest.raises(UserError, match="lacks: car"):
         start(file, classes=["zebra"], exact=True)
-    for version in ("detbb.__version__", "detbb.data.remembered._CODE"):
+    for version in ("detbb.__version__", "detbb.data.formats.annotation_cache._CODE"):
         monkeypatch.setattr(version, "another")
         start(file)
     assert len(reads) == 6 and len(entries(tmp_path)) == 3

@@ -16,7 +16,7 @@ from heads_support import (
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection._utils import Matcher
 
-from detbb.errors import UserError
+from detbb.core.errors import UserError
 from detbb.heads.retinanet import RetinaNetHead
 
 LEVELS = ("p3", "p4", "p5", "p6", "p7")

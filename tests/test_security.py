@@ -22,13 +22,13 @@ LOADING = []
 sys.addaudithook(watch)
 sys.path[:0] = [PATHS]
 from crash import shrink
-from detbb.config_loading import load_config
-from detbb.evaluate import evaluate
-from detbb.train import train
+from detbb.heads.loading import load_config
+from detbb.inference.evaluate import evaluate
+from detbb.training.loop import train
 shrink()
 last = train(load_config(FILE, []))
 LOADING.append(1)
-from detbb.checkpoint import open_checkpoint
+from detbb.checkpoint.content import open_checkpoint
 open_checkpoint(last)
 LOADING.clear()
 evaluate(last)

@@ -13,10 +13,10 @@ import yaml
 from runs import learned, load
 from stages import FIRST, SECOND, SMALL_FILES, THIRD, evaluated, results, stage
 
-from detbb.config_loading import load_config
-from detbb.errors import Stopped, UserError
-from detbb.evaluate import evaluate
-from detbb.train import train
+from detbb.core.errors import Stopped, UserError
+from detbb.heads.loading import load_config
+from detbb.inference.evaluate import evaluate
+from detbb.training.loop import train
 
 FROZEN = "freeze=[backbone, neck, heads.first]"
 SHARED = ("backbone.", "neck.")
@@ -124,7 +124,7 @@ def test_a_carried_head_keeps_its_own_data_where_the_name_means_something_else(t
 
 @pytest.mark.parametrize("own", [False, True], ids=["the file without the carried head", "the run's config.yaml"])
 def test_a_stage_that_carries_heads_resumes_to_the_same_bits(monkeypatch, tmp_path, data, base, carrying, own):
-    training = importlib.import_module("detbb.train")  # the package's attribute is the function
+    training = importlib.import_module("detbb.training.loop")  # the package's attribute is the function
     learn = training.train_step
 
     def interrupted(*args, **kwargs):

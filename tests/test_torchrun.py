@@ -17,11 +17,11 @@ import pytest
 from processes import run_ranks
 from runs import TINY, learned, lines, load, tiny_config
 
-from detbb.checkpoint import read_checkpoint
-from detbb.config_loading import load_config
-from detbb.data import read_split
-from detbb.data.dataset import train_loader
-from detbb.train import train
+from detbb.checkpoint.content import read_checkpoint
+from detbb.data.formats import read_split
+from detbb.data.loader import train_loader
+from detbb.heads.loading import load_config
+from detbb.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 10

@@ -14,20 +14,20 @@ import torch
 from learning import learn, make_learner, small_config, small_detector
 from runs import flat, learned, lines, load, tiny_config
 
-from detbb.checkpoint import KEYS, load_detector
-from detbb.checkpoint_folder import CheckpointFolder
-from detbb.errors import Stopped, UserError
-from detbb.evaluate import evaluate
+from detbb.checkpoint.content import KEYS, load_detector
+from detbb.checkpoint.folder import CheckpointFolder
+from detbb.config.phases import Phase
+from detbb.core.errors import Stopped, UserError
 from detbb.freeze import FrozenTensorChanged
-from detbb.phases import Phase
-from detbb.report import FreezeJournal
-from detbb.resuming import Start, enter_run_folder
-from detbb.step import NonFinite
-from detbb.train import train
+from detbb.inference.evaluate import evaluate
+from detbb.report.freeze_report import FreezeJournal
+from detbb.training.loop import train
+from detbb.training.resuming import Start, enter_run_folder
+from detbb.training.step import NonFinite
 
 # The package's attributes of these names are the functions.
-training = importlib.import_module("detbb.train")
-evaluation = importlib.import_module("detbb.evaluate")
+training = importlib.import_module("detbb.training.loop")
+evaluation = importlib.import_module("detbb.inference.evaluate")
 
 SHORT = ("data.shapes.val=null", "schedule.warmup_steps=0")
 PHASES = "phases=[{steps: 3, freeze: [backbone, neck]}, {steps: 4, freeze: [backbone.stem]}, {freeze: [neck]}]"
@@ -300,7 +300,7 @@ def test_best_follows_one_kind_of_weights_over_a_resume_and_is_a_verified_checkp
     def measured(*_, output_dir, weights, **__):
         return {"shapes/bbox/AP": 99.0 if weights == "model" else float(output_dir.name.split("_")[1])}
 
-    monkeypatch.setattr(importlib.import_module("detbb.run"), "evaluate_detector", measured)
+    monkeypatch.setattr(importlib.import_module("detbb.training.run"), "evaluate_detector", measured)
     options = ("eval.weights=both", "eval.every=1", "checkpoint.every=8", "schedule.warmup_steps=0", "freeze=[neck]")
     train(tiny_config(tmp_path, *options, "train.steps=2", data=images))
     train(tiny_config(tmp_path, *options, "train.steps=3", data=images), resume="auto")

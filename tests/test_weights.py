@@ -15,10 +15,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from detbb.backbone import Backbone, build_resnet, build_resnet_c4
-from detbb.errors import UserError
-from detbb.norm import FrozenBatchNorm2d, group_norm
-from detbb.weights import load_backbone_weights, load_part, read_tensors, to_torchvision
+from detbb.core.errors import UserError
+from detbb.modeling.backbones.resnet import Backbone, build_resnet, build_resnet_c4
+from detbb.modeling.norm import FrozenBatchNorm2d, group_norm
+from detbb.modeling.weights import load_backbone_weights, load_part, read_tensors, to_torchvision
 
 State = dict[str, torch.Tensor]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detbb.cli import Parser, run
+from detbb.core.cli import Parser, run
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -26,8 +26,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    from detbb.config_loading import load_config
-    from detbb.data.repair import check
+    from detbb.data.doctor.repair import check
+    from detbb.heads.loading import load_config
 
     check(load_config(options.config, options.overrides, world_size=1), json_file=options.json, fix=options.fix)
 

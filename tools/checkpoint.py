@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detbb.cli import Parser, run
+from detbb.core.cli import Parser, run
 
 TOOL = "python tools/checkpoint.py"
 RUN = "runs/shapes_two_branches"
@@ -62,7 +62,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     options = vars(parse(sys.argv[1:]))
     command = options.pop("command")
-    from detbb import branches, inspection
+    from detbb.checkpoint import branches, inspection
 
     differs = False
     if command == "diff":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detbb.cli import Parser, run
+from detbb.core.cli import Parser, run
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -30,8 +30,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    from detbb.evaluate import evaluate
-    from detbb.log import print_summary
+    from detbb.inference.evaluate import evaluate
+    from detbb.report.log import print_summary
 
     metrics = evaluate(
         options.checkpoint,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detbb.cli import Parser, run
+from detbb.core.cli import Parser, run
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    from detbb.export import export_onnx
+    from detbb.inference.export import export_onnx
 
     size = None if options.size is None else (options.size[0], options.size[1])
     written = export_onnx(

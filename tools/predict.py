@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detbb.cli import Parser, run
+from detbb.core.cli import Parser, run
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    from detbb.predict import predict
+    from detbb.inference.predict import predict
 
     images = predict(
         options.checkpoint,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detbb.cli import Parser, run
+from detbb.core.cli import Parser, run
 
 
 def parse(arguments: list[str]):
@@ -31,10 +31,10 @@ def parse(arguments: list[str]):
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    from detbb.config_loading import load_config
+    from detbb.heads.loading import load_config
 
     config = load_config(options.config, options.overrides)
-    from detbb.train import train
+    from detbb.training.loop import train
 
     train(config, resume=options.resume)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from detbb.errors import UserError
+from detbb.core.errors import UserError
 
 _BITS = (1 << 64) - 1
 

@@ -15,11 +15,11 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from detbb.config import DataConfig
-from detbb.data.annotations import Segments
+from detbb.config.schema import DataConfig
+from detbb.core.errors import UserError, unknown_name
+from detbb.data.formats.semantic import IGNORE
 from detbb.data.sampler import mix
-from detbb.data.semantic import IGNORE
-from detbb.errors import UserError, unknown_name
+from detbb.structures.annotations import Segments
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else importing it asks the network for a newer version
 import albumentations as A

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 
-from detbb.errors import UserError, unknown_name
-from detbb.heads.base import Head, HeadConfig, HeadSpec, Predictions
+from detbb.config.schema import HeadConfig
+from detbb.core.errors import UserError, unknown_name
+from detbb.heads.base import Head, HeadSpec
 from detbb.heads.classify import ClassifyHead
 from detbb.heads.faster_rcnn import FasterRcnnHead
 from detbb.heads.faster_rcnn_c4 import FasterRcnnC4Head
@@ -15,6 +16,7 @@ from detbb.heads.keypoint_rcnn import KeypointRcnnHead
 from detbb.heads.mask_rcnn import MaskRcnnHead
 from detbb.heads.retinanet import RetinaNetHead
 from detbb.heads.semantic import SemanticHead
+from detbb.structures.predictions import Predictions
 
 __all__ = ["HEADS", "Head", "HeadConfig", "HeadSpec", "Predictions", "find_head", "known_head"]
 

@@ -8,29 +8,13 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
-from detbb.config import BackboneConfig
-from detbb.data.annotations import Annotations
-from detbb.data.batch import Batch, ImageSize
-from detbb.errors import UserError
-from detbb.predictions import Predictions as Predictions
+from detbb.config.schema import BackboneConfig, HeadConfig
+from detbb.core.errors import UserError
+from detbb.structures.annotations import Annotations
+from detbb.structures.batch import Batch, ImageSize
+from detbb.structures.predictions import Predictions as Predictions
 
 HeadOutput = Any  # what `forward` hands to `loss` and `decode`; each head says what it is
-
-
-@dataclass
-class HeadConfig:
-    """The keys that every head takes; each head's own dataclass adds its arguments."""
-
-    type: str
-    """A name in `HEADS`, or `package.module:Class`."""
-    data: str
-    """The data source that this head learns from; heads that name the same one share its batches."""
-    loss_weight: float = 1.0
-    """Factor on all losses of this head."""
-    threshold: float = 0.5
-    """Least score of what is drawn and of `tools/predict.py`'s default output; evaluation does not use it."""
-    allow_random: bool = False
-    """`true`: let a head that is never trained keep its random weights."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +75,7 @@ class Head(nn.Module):
     the methods. `output_to_learn_from` (`forward`, if a head does not say otherwise) + `loss` run in training,
     `forward` + `decode` in evaluation; none looks at `self.training`, which is for norms and dropout alone. Every
     parameter of the head must take part in every loss, also for a batch without objects. Loss sums are divided by
-    `shared_count` (detbb/distributed.py), so that the number of processes does not matter.
+    `shared_count` (detbb/distributed/collectives.py), so that the number of processes does not matter.
     """
 
     Config: ClassVar[type[HeadConfig]] = HeadConfig

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detbb.data.annotations import Annotations
-from detbb.data.batch import Batch, ImageSize
-from detbb.distributed import shared_count
-from detbb.errors import UserError
-from detbb.evaluators import ClassificationEvaluator
-from detbb.heads.base import Evaluator, Head, HeadConfig, HeadSpec, Predictions
-from detbb.heads.dense import precise
+from detbb.config.schema import HeadConfig
+from detbb.core.errors import UserError
+from detbb.distributed.collectives import shared_count
+from detbb.heads.base import Evaluator, Head, HeadSpec
+from detbb.metrics.evaluators import ClassificationEvaluator
+from detbb.modeling.precision import at_least_fp32
+from detbb.structures.annotations import Annotations
+from detbb.structures.batch import Batch, ImageSize
+from detbb.structures.predictions import Predictions
 
 
 @dataclass
@@ -63,7 +65,7 @@ class ClassifyHead(Head):
             means = []
             for level, cells in output.items():
                 height, width = (math.ceil(side / self.spec.strides[level]) for side in size.hw)
-                means.append(precise(cells[i, :, :height, :width]).mean((1, 2)))
+                means.append(at_least_fp32(cells[i, :, :height, :width]).mean((1, 2)))
             rows.append(torch.stack(means).sum(0))
         return torch.stack(rows)
 

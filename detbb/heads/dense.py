@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from detbb.config import Norm
-from detbb.data.annotations import Annotations
-from detbb.data.batch import Batch, ImageSize
-from detbb.evaluators import CocoEvaluator
-from detbb.heads.base import Evaluator, Head, HeadConfig, HeadSpec, Predictions
-from detbb.norm import norm_layer
+from detbb.config.schema import HeadConfig, Norm
+from detbb.heads.base import Evaluator, Head, HeadSpec
+from detbb.metrics.evaluators import CocoEvaluator
+from detbb.modeling.norm import norm_layer
+from detbb.modeling.precision import at_least_fp32
+from detbb.structures.annotations import Annotations
+from detbb.structures.batch import Batch, ImageSize
+from detbb.structures.predictions import Predictions
 
 CACHED_ELEMENTS = 1 << 17  # of a tensor, for a chain of operations to find it in a core's cache
 
@@ -104,17 +106,17 @@ class DenseHead(Head):
 
     def anchors(self, output: DenseOutput) -> Tensor:
         """(N, 4) xyxy, the same for every image."""
-        logits = precise(output.logits)
+        logits = at_least_fp32(output.logits)
         self.anchor_generator.set_cell_anchors(logits.dtype, logits.device)
         cells = [[g.height, g.width] for g in output.grids]
         strides = [[g.stride_y, g.stride_x] for g in output.grids]
         return torch.cat(self.anchor_generator.grid_anchors(cells, strides))
 
     def decode(self, output: DenseOutput, sizes: list[ImageSize]) -> list[Predictions]:
-        scores = precise(output.logits).sigmoid()
+        scores = at_least_fp32(output.logits).sigmoid()
         if output.centerness is not None:
-            scores = (scores * precise(output.centerness).sigmoid()[..., None]).sqrt()
-        anchors, deltas = self.anchors(output), precise(output.deltas)
+            scores = (scores * at_least_fp32(output.centerness).sigmoid()[..., None]).sqrt()
+        anchors, deltas = self.anchors(output), at_least_fp32(output.deltas)
         shapes = self.anchor_generator.num_anchors_per_location()
         counts = [g.height * g.width * n for g, n in zip(output.grids, shapes, strict=True)]
         picked_scores, picked = [], []  # (B, k) of each level; picked counts (anchor, class) pairs over all levels
@@ -204,11 +206,6 @@ def _softplus(x: Tensor) -> Tensor:
     e = x.abs().neg_().exp_()
     u = e + 1
     return u.log().add_(e.sub_(u - 1).div_(u)).add_(x.clamp(min=0))
-
-
-def precise(x: Tensor) -> Tensor:
-    """x in float32 at least: losses and scores are never computed in half precision."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def tower_norm(norm: Norm | None) -> Callable[[int], nn.Module] | None:

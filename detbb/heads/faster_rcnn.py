@@ -14,15 +14,16 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from detbb.coco_engines import Kind
-from detbb.data.annotations import Annotations
-from detbb.data.batch import Batch, ImageSize, Target
-from detbb.errors import UserError
-from detbb.evaluators import CocoEvaluator
-from detbb.heads.base import Evaluator, Head, HeadSpec, Predictions
-from detbb.heads.dense import precise
+from detbb.core.errors import UserError
+from detbb.heads.base import Evaluator, Head, HeadSpec
 from detbb.heads.rpn import SMOOTH_L1_BETA, Rpn, RpnConfig, RpnOutput, count_for
 from detbb.heads.sampling import SeededSampler
+from detbb.metrics.coco_ap import Kind
+from detbb.metrics.evaluators import CocoEvaluator
+from detbb.modeling.precision import at_least_fp32
+from detbb.structures.annotations import Annotations
+from detbb.structures.batch import Batch, ImageSize, Target
+from detbb.structures.predictions import Predictions
 
 
 @dataclass
@@ -187,7 +188,7 @@ class TwoStageHead(Head):
     def box_logits(self, features: dict[str, Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(R, C + 1) class logits, background first, and (R, 4 (C + 1)) box deltas of all images' boxes in order."""
         logits, deltas = self.box_predictor(self.roi_vectors(self.box_pool(features, boxes, [])))
-        return precise(logits), precise(deltas)
+        return at_least_fp32(logits), at_least_fp32(deltas)
 
     def roi_vectors(self, pooled: Tensor) -> Tensor:
         """(R, C, resolution, resolution) → (R, what `box_predictor` takes)."""

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 
-from detbb.backbone import build_resnet_c4
 from detbb.heads.base import HeadSpec
 from detbb.heads.faster_rcnn import TwoStageConfig, TwoStageHead
-from detbb.norm import norm_layer
-from detbb.weights import load_part
+from detbb.modeling.backbones.resnet import build_resnet_c4
+from detbb.modeling.norm import norm_layer
+from detbb.modeling.weights import load_part
 
 
 @dataclass

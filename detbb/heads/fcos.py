@@ -14,12 +14,13 @@ from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegressionHead
 
-from detbb.config import Norm
-from detbb.data.batch import Batch
-from detbb.distributed import shared_count
+from detbb.config.schema import Norm
+from detbb.distributed.collectives import shared_count
 from detbb.heads.base import HeadSpec
-from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, Grid, batch_boxes, giou_loss, precise, tower_norm
-from detbb.norm import moving_norms
+from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, Grid, batch_boxes, giou_loss, tower_norm
+from detbb.modeling.norm import moving_norms
+from detbb.modeling.precision import at_least_fp32
+from detbb.structures.batch import Batch
 
 
 @dataclass
@@ -107,8 +108,8 @@ class FcosHead(DenseHead):
     def loss(self, output: DenseOutput, batch: Batch) -> dict[str, Tensor]:
         """Focal, GIoU and centre-ness loss, each a sum over the number of positive cells of all ranks."""
         assert output.centerness is not None
-        logits = precise(output.logits).flatten(0, 1)
-        deltas, centerness = precise(output.deltas).flatten(0, 1), precise(output.centerness).flatten()
+        logits = at_least_fp32(output.logits).flatten(0, 1)
+        deltas, centerness = at_least_fp32(output.deltas).flatten(0, 1), at_least_fp32(output.centerness).flatten()
         boxes, labels, image = batch_boxes(batch, logits)
         cell, box, won = self.assign(boxes, image, output)
         cell = cell.clamp(max=len(logits) - 1)

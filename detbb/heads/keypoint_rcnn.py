@@ -11,12 +11,13 @@ from torch import Tensor
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.roi_heads import keypointrcnn_inference, keypoints_to_heatmap
 
-from detbb.data.batch import Target
-from detbb.errors import UserError
-from detbb.heads.base import HeadSpec, Predictions
-from detbb.heads.dense import precise
+from detbb.core.errors import UserError
+from detbb.heads.base import HeadSpec
 from detbb.heads.faster_rcnn import FasterRcnnConfig, FasterRcnnHead, Rois, roi_align
 from detbb.heads.rpn import count_for
+from detbb.modeling.precision import at_least_fp32
+from detbb.structures.batch import Target
+from detbb.structures.predictions import Predictions
 
 
 @dataclass
@@ -47,7 +48,7 @@ class KeypointRcnnHead(FasterRcnnHead):
 
     def keypoint_logits(self, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
         """(R, K, 4 keypoint_resolution, 4 keypoint_resolution)"""
-        return precise(self.keypoint_predictor(self.keypoint_head(self.keypoint_pool(features, boxes, []))))
+        return at_least_fp32(self.keypoint_predictor(self.keypoint_head(self.keypoint_pool(features, boxes, []))))
 
     def branch_loss(self, features: dict[str, Tensor], rois: Rois, targets: list[Target]) -> dict[str, Tensor]:
         """`loss_keypoint`: the mean cross entropy over the labelled keypoints that lie in their RoI.

@@ -11,11 +11,12 @@ from torch import Tensor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_inference, project_masks_on_boxes
 
-from detbb.data.batch import Target
-from detbb.heads.base import HeadSpec, Predictions
-from detbb.heads.dense import precise
+from detbb.heads.base import HeadSpec
 from detbb.heads.faster_rcnn import FasterRcnnConfig, FasterRcnnHead, Rois, roi_align
 from detbb.heads.rpn import count_for
+from detbb.modeling.precision import at_least_fp32
+from detbb.structures.batch import Target
+from detbb.structures.predictions import Predictions
 
 
 @dataclass
@@ -49,7 +50,7 @@ class MaskRcnnHead(FasterRcnnHead):
 
     def mask_logits(self, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
         """(R, C + 1, 2 mask_resolution, 2 mask_resolution); channel 0 is nobody's, as in torchvision."""
-        return precise(self.mask_predictor(self.mask_head(self.mask_pool(features, boxes, []))))
+        return at_least_fp32(self.mask_predictor(self.mask_head(self.mask_pool(features, boxes, []))))
 
     def branch_loss(self, features: dict[str, Tensor], rois: Rois, targets: list[Target]) -> dict[str, Tensor]:
         """`loss_mask`: the mean binary cross entropy over the cells of the positive RoIs' masks.

@@ -11,11 +11,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
 from torchvision.ops import box_iou
 
-from detbb.data.batch import Batch
-from detbb.distributed import shared_count
-from detbb.errors import UserError
+from detbb.core.errors import UserError
+from detbb.distributed.collectives import shared_count
 from detbb.heads.base import HeadSpec
-from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, batch_boxes, precise, tower_norm
+from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, batch_boxes, tower_norm
+from detbb.modeling.precision import at_least_fp32
+from detbb.structures.batch import Batch
 
 BACKGROUND, IGNORED = -1, -2
 
@@ -63,7 +64,7 @@ class RetinaNetHead(DenseHead):
 
     def loss(self, output: DenseOutput, batch: Batch) -> dict[str, Tensor]:
         """Focal and L1 loss, each a mean over images of the image's sum over its number of positive anchors."""
-        logits, deltas = precise(output.logits), precise(output.deltas)
+        logits, deltas = at_least_fp32(output.logits), at_least_fp32(output.deltas)
         anchors = self.anchors(output)
         boxes, labels, _ = batch_boxes(batch, logits)
         matched = self.match(batch, anchors)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 
-from detbb.data.batch import ImageSize, Target
-from detbb.distributed import shared_count
-from detbb.errors import UserError
-from detbb.heads.base import HeadConfig, HeadSpec
-from detbb.heads.dense import precise
+from detbb.config.schema import HeadConfig
+from detbb.core.errors import UserError
+from detbb.distributed.collectives import shared_count
+from detbb.heads.base import HeadSpec
 from detbb.heads.sampling import SeededSampler
+from detbb.modeling.precision import at_least_fp32
+from detbb.structures.batch import ImageSize, Target
 
 SMOOTH_L1_BETA = 1 / 9  # torchvision's, for both stages
 
@@ -105,8 +106,8 @@ class Rpn(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> RpnOutput:
         maps = [features[level] for level in self.levels]
         objectness, deltas = self.head(maps)
-        objectness = [precise(o) for o in objectness]
-        deltas = [precise(d) for d in deltas]
+        objectness = [at_least_fp32(o) for o in objectness]
+        deltas = [at_least_fp32(d) for d in deltas]
         batch, (height, width) = len(maps[0]), (side * self.stride for side in maps[0].shape[-2:])
         grids = [list(f.shape[-2:]) for f in maps]
         generator = self.rules["train"].anchor_generator

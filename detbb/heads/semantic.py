@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
-from detbb.config import Norm
-from detbb.data.annotations import Annotations
-from detbb.data.batch import BATCH_STRIDE, Batch, ImageSize
-from detbb.data.semantic import IGNORE
-from detbb.distributed import shared_count
-from detbb.evaluators import SemanticEvaluator
-from detbb.heads.base import Evaluator, Head, HeadConfig, HeadSpec, Predictions
-from detbb.heads.dense import precise, tower_norm
+from detbb.config.schema import HeadConfig, Norm
+from detbb.data.formats.semantic import IGNORE
+from detbb.distributed.collectives import shared_count
+from detbb.heads.base import Evaluator, Head, HeadSpec
+from detbb.heads.dense import tower_norm
+from detbb.metrics.evaluators import SemanticEvaluator
+from detbb.modeling.precision import at_least_fp32
+from detbb.structures.annotations import Annotations
+from detbb.structures.batch import BATCH_STRIDE, Batch, ImageSize
+from detbb.structures.predictions import Predictions
 
 
 @dataclass
@@ -69,7 +71,7 @@ class SemanticHead(Head):
         for row, one in zip(target, batch.targets, strict=True):
             assert one.semantic is not None
             row[: one.semantic.shape[0], : one.semantic.shape[1]] = one.semantic
-        logits = _resize(precise(output), (height, width))
+        logits = _resize(at_least_fp32(output), (height, width))
         total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
         return {"loss_sem": total / shared_count((target != IGNORE).sum())}
 
@@ -79,7 +81,7 @@ class SemanticHead(Head):
         for cells, sides in zip(output.shape[-2:], zip(*(s.hw for s in sizes), strict=True), strict=True):
             least = max((cells - 1) * stride + BATCH_STRIDE, -(-max(sides) // BATCH_STRIDE) * BATCH_STRIDE)
             padded.append(min(cells * stride, least))  # the batch's: a coarse level's last cells reach beyond it
-        whole = (_resize(precise(logits[None]), padded)[0] for logits in output)
+        whole = (_resize(at_least_fp32(logits[None]), padded)[0] for logits in output)
         return [
             Predictions(semantic=logits[:, : size.hw[0], : size.hw[1]].float())
             for logits, size in zip(whole, sizes, strict=True)

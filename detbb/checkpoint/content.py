@@ -1,0 +1,242 @@
+"""Checkpoints: what is in one, starting from one.
+
+A checkpoint is a dict of tensors and plain containers (every key: docs/checkpoints.md), written atomically and read
+with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detbb import freeze
+from detbb.config.schema import Config, DataConfig
+from detbb.core.errors import UserError, unknown_name
+from detbb.core.files import BadFile, load_tensors
+from detbb.core.schema import mismatch
+from detbb.detector import Detector, build_detector, view
+from detbb.heads import HeadConfig
+from detbb.heads.loading import config_from_dict
+from detbb.structures.class_list import ClassList
+
+FORMAT_VERSION = 1
+FORM: dict[str, Any] = {  # as `schema.mismatch` reads it
+    "format_version": int,
+    "config": {"heads": {str: {"type": str, "data": str, ...: object}}, "carried": [str], ...: object},
+    "step": int,
+    "phase": int,
+    "model": {str: Tensor},
+    "ema": (None, {"updates": int, "tensors": {str: Tensor}}),
+    "optimizer": {"type": str, "state": {str: {str: object}}},
+    "scaler": {str: object},
+    "rng": {"seed": int, "torch": Tensor},
+    "data": {"images": {str: int}, "batch_size": int, "skipped_in_row": int},
+    "frozen": {"names": [str], "digests": {str: str}},
+    "classes": {str: {"names": [str], "category_ids": [int], "keypoints": [str]}},
+    "versions": {str: str},
+}
+KEYS = tuple(FORM)
+
+
+def versions() -> dict[str, str]:
+    import torchvision
+
+    import detbb
+
+    return {
+        "detbb": detbb.__version__,
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """A checkpoint as a dict with the keys of `KEYS`, on the CPU.
+
+    Raises: BadFile: not a whole detbb checkpoint; says why.
+    """
+    path = Path(path)
+    content = load_tensors(path)
+    if not isinstance(content, dict) or set(content) != set(KEYS):
+        raise BadFile(f"{path}: not a detbb checkpoint (needs the keys {', '.join(KEYS)})")
+    if content["format_version"] != FORMAT_VERSION:
+        raise BadFile(f"{path}: checkpoint format {content['format_version']!r}, this version reads {FORMAT_VERSION}")
+    wrong = mismatch(content, FORM) or _contradiction(content)
+    if wrong is not None:
+        raise BadFile(f"{path}: not a whole detbb checkpoint: {wrong}")
+    return content
+
+
+def _contradiction(content: Mapping[str, Any]) -> str | None:
+    """What does not fit together in a checkpoint of the right form, as one phrase, or None."""
+    model, classes = content["model"], content["classes"]
+    averages = content["ema"]["tensors"] if content["ema"] else {}
+    if content["step"] < 0:
+        return f"step is {content['step']}"
+    if set(classes) != set(content["config"]["heads"]):
+        return f"classes of {', '.join(classes) or 'no head'} do not fit the heads of its config"
+    parts = ("backbone.", "neck.", *(f"heads.{head}." for head in classes))
+    if other := [name for name in model if not name.startswith(parts)]:
+        return f"model.{other[0]} belongs to none of backbone, neck and its heads"
+    if other := [n for n, t in averages.items() if n not in model or model[n].shape != t.shape]:
+        return f"ema.tensors.{other[0]} is not as in model"
+    return None
+
+
+def open_checkpoint(path: Path | str, *, key: str = "checkpoint") -> dict[str, Any]:
+    """`read_checkpoint` for a file that the user named, as `key`: what is wrong with it becomes a UserError."""
+    try:
+        return read_checkpoint(path)
+    except BadFile as error:
+        raise UserError(f"{key} {error}") from error
+
+
+def stored_config(checkpoint: Mapping[str, Any]) -> Config:
+    """The configuration that a checkpoint or branch file holds. Raises: UserError: it cannot be used."""
+    return config_from_dict(checkpoint["config"], origin="the checkpoint's stored config")
+
+
+def opened(path: Path | str, heads: Collection[str] | None) -> tuple[dict[str, Any], Config, list[str]]:
+    """A checkpoint that the user named, its config, and the heads asked for (None: all). Raises: UserError."""
+    content = open_checkpoint(path)
+    config = stored_config(content)
+    for name in heads or ():
+        if name not in config.heads:
+            raise unknown_name("--head", name, config.heads)
+    return content, config, list(config.heads if heads is None else heads)
+
+
+@dataclass
+class InitReport:
+    """What `init_from` gave each part: tensor names."""
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)  # not in the checkpoint
+    reset: list[str] = field(default_factory=list)  # last layers whose class count changed
+    carried: list[str] = field(default_factory=list)  # heads kept although the config does not list them
+    averaged: bool = False  # the values are the checkpoint's averages, which is what it was evaluated with
+
+    def lines(self) -> list[str]:
+        kind = "its averages (EMA), what it was evaluated with" if self.averaged else "its weights"
+        lines = [f"init_from {self.source}: {len(self.loaded)} tensors start from {kind}"]
+        for title, names in (("start fresh", self.fresh), ("start fresh, the class count changed", self.reset)):
+            if names:
+                lines.append(f"  {len(names)} {title}: {', '.join(sorted({_part(n) for n in names}))}")
+        if self.carried:
+            lines.append(f"  carried along untouched, not listed in this config: {', '.join(self.carried)}")
+        return lines
+
+
+def evaluated_state(checkpoint: Mapping[str, Any], weights: str | None = None) -> dict[str, Tensor]:
+    """The tensors a checkpoint is evaluated with: averages where it has them (`ema`), else raw (`model`)."""
+    model: dict[str, Tensor] = checkpoint["model"]
+    if weights == "model" or checkpoint["ema"] is None:
+        return dict(model)
+    averages = checkpoint["ema"]["tensors"]
+    return {name: averages[name].to(tensor.dtype) if name in averages else tensor for name, tensor in model.items()}
+
+
+def add_carried_heads(
+    config: Config, checkpoint: Mapping[str, Any], *, only: Collection[str] | None = None
+) -> dict[str, ClassList]:
+    """Enter the checkpoint's heads that `config` does not list (of these, `only`) as carried ones.
+
+    Returns the classes of all carried heads, those included that `config` names already (a run's own config.yaml does).
+    """
+    stored = stored_config(checkpoint)
+    for name, head in stored.heads.items():
+        if name not in config.heads and (only is None or name in only):
+            carry(config, name, head, stored.data[head.data])
+    return {n: ClassList.of(checkpoint["classes"][n]) for n in config.carried if n in checkpoint["classes"]}
+
+
+def carry(config: Config, name: str, head: HeadConfig, source: DataConfig) -> None:
+    """Enter a head as a carried one.
+
+    Its data comes along under its own name, or `<head>_<name>` where that name means something else here.
+    """
+    while config.data.get(head.data, source) != source:
+        head.data = f"{name}_{head.data}"
+    config.data[head.data] = source
+    config.heads[name] = head
+    config.carried.append(name)
+
+
+def init_from(detector: Detector, checkpoint: Mapping[str, Any], source: str) -> InitReport:
+    """Start every matching tensor from the checkpoint's evaluated weights.
+
+    A head's last layer starts fresh where the class count (or its names) changed. Raises: UserError: another tensor
+    has another shape.
+    """
+    report = InitReport(source, averaged=checkpoint["ema"] is not None and bool(checkpoint["ema"]["tensors"]))
+    given = evaluated_state(checkpoint)
+    own = detector.state_dict()
+    last_layers = {
+        f"heads.{name}.{tensor}"
+        for name in detector.heads
+        if name in checkpoint["classes"]
+        and ClassList.of(checkpoint["classes"][name]).names != detector.classes[name].names
+        for tensor in detector.head(name).class_tensors()
+    }
+    for name, tensor in own.items():
+        if name not in given:
+            report.fresh.append(name)
+        elif name in last_layers:
+            report.reset.append(name)
+        elif given[name].shape != tensor.shape:
+            raise UserError(
+                f"init_from: {name} has shape {tuple(given[name].shape)} in {source}, {tuple(tensor.shape)} in this "
+                "config; make backbone, neck and this head agree, or give the head another name"
+            )
+        else:
+            tensor.copy_(given[name])
+            report.loaded.append(name)
+    return report
+
+
+def restore_detector(checkpoint: Mapping[str, Any], *, weights: str | None = None) -> Detector:
+    """The checkpoint's detector in eval mode on the CPU, averaged (`ema`, the default if it can be) or raw (`model`).
+
+    Raises: UserError: `ema` is asked for but not there, or the tensors do not fit the stored config.
+    """
+    if weights == "ema" and checkpoint["ema"] is None:
+        raise UserError("weights: 'ema', but this checkpoint holds no average; valid is 'model'")
+    detector = build_detector(
+        stored_config(checkpoint), {name: ClassList.of(c) for name, c in checkpoint["classes"].items()}
+    )
+    load_exactly(detector, evaluated_state(checkpoint, weights), "checkpoint: its tensors do not fit its own config")
+    return view(detector)
+
+
+def load_exactly(detector: Detector, given: Mapping[str, Tensor], problem: str) -> None:
+    """Give the detector all of its tensors. Raises: UserError: `problem`, and those that do not fit."""
+    own = detector.state_dict()
+    if wrong := sorted(set(own) ^ set(given)) or [n for n in own if own[n].shape != given[n].shape]:
+        raise UserError(f"{problem}: {', '.join(wrong[:5])}")
+    detector.load_state_dict(given)
+
+
+def load_detector(path: Path | str, *, weights: str | None = None, device: str = "cpu") -> Detector:
+    """The detector of a checkpoint file, ready to predict: eval mode, averaged weights if it has them.
+
+    Raises: UserError: the file is not a valid checkpoint; `weights` is not in it.
+    """
+    return restore_detector(open_checkpoint(path), weights=weights).to(device)
+
+
+def frozen_entry(detector: Detector, known: Mapping[str, str]) -> dict[str, Any]:
+    """A checkpoint's `frozen`: the freeze names, and the digest of every tensor they keep."""
+    return {"names": list(detector.frozen), "digests": {n: known[n] for n in freeze.frozen_names(detector)}}
+
+
+def _part(name: str) -> str:
+    pieces = name.split(".")
+    return ".".join(pieces[:2]) if pieces[0] in ("heads", "backbone") else pieces[0]

@@ -1,0 +1,99 @@
+"""What every command shares: one-line errors, exit codes, and a parser that needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import runpy
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from detbb.core.errors import PeerLost, Stopped, UserError, tell_torchrun
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors, and whose epilog (the example) is printed as written."""
+
+    def __init__(self, description: str, example: str, **options: Any) -> None:
+        super().__init__(
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def add_import(self) -> None:
+        """`--import MODULE`, for commands on a checkpoint: the user says which code may run, not the file."""
+        self.add_argument(
+            "--import",
+            action=_Import,
+            metavar="MODULE",
+            dest=argparse.SUPPRESS,
+            help="import a module with heads that the checkpoint names as MODULE:Class; can be repeated",
+        )
+
+
+class _Import(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _: Any = ""
+    ) -> None:
+        try:
+            importlib.import_module(values)
+        except Exception as error:
+            raise UserError(f"--import: cannot import {values!r} ({type(error).__name__}: {error})") from error
+
+
+def run(main: Callable[[], object]) -> NoReturn:
+    """Run a command and exit: 0 done, 2 the user's input (one line), 128 + signal stopped, 1 anything else."""
+    try:
+        main()
+    except Stopped as stopped:
+        sys.exit(128 + stopped.signal)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except UserError as error:
+        _fail(error, f"error: {' '.join(str(error).split())}", 2)
+    except PeerLost as error:
+        _fail(error, f"error: {error}", 1)
+    except Exception as error:
+        _fail(error, traceback.format_exc().rstrip(), 1)
+    sys.exit(0)
+
+
+def command() -> NoReturn:
+    """`detbb train …` is `python tools/train.py …`: for where the package is installed and the repository is not."""
+    root = Path(__file__).resolve().parents[2]
+    folder = root / "detbb_tools" if (root / "detbb_tools").is_dir() else root / "tools"  # an editable installation's
+    tools = {path.stem: path for path in sorted(folder.glob("*.py"))}
+    if len(sys.argv) < 2 or sys.argv[1] not in tools:
+        print(f"error: usage: detbb {{{','.join(tools)}}} ..., each with --help", file=sys.stderr)
+        sys.exit(2)
+    sys.argv[:2] = [str(tools[sys.argv[1]])]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.exit(0)
+
+
+def _fail(error: Exception, text: str, code: int) -> NoReturn:
+    """Say what was wrong, and exit. torchrun shows the error of the first process that does so, as the last thing."""
+    if "RANK" not in os.environ:
+        print(text, file=sys.stderr)
+        sys.exit(code)
+    rank, everywhere = os.environ["RANK"], getattr(error, "everywhere", False)
+    if not everywhere or rank == "0":
+        prefix = "" if everywhere else f"[rank {rank}] "
+        sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if isinstance(error, PeerLost) or (everywhere and rank != "0"):
+        time.sleep(3)  # torchrun ends this process when it sees the one with the original error
+    tell_torchrun(os.environ.get("TORCHELASTIC_ERROR_FILE"), text)
+    os._exit(code)  # leaving the process group could wait for the others, who wait for this process

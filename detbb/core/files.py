@@ -1,0 +1,227 @@
+"""Files that are whole or not there, and tensors read without running code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from detbb.core.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOENT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
+
+
+class BadFile(ValueError):
+    """A file that cannot be used: truncated, altered, foreign, or not what it should be. Says which and why."""
+
+
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], *, verify: Callable[[Path], object] | None = None
+) -> None:
+    """Make `path` hold what `write` writes, or leave it as it was.
+
+    Temporary file beside it, flush, fsync, `verify`, replace, fsync of the folder: at every moment a kill leaves the
+    old file or the new one. Raises: UserError: `path` cannot be written, or the disk is full; OSError: anything else.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+            if verify is not None:
+                verify(temporary)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise UserError(f"disk full: cannot write {path} ({error.strerror}); what was there is intact") from error
+        if error.errno in REFUSED:
+            raise UserError(f"cannot write {path} ({error.strerror})") from error
+        raise
+
+
+def check_folder(folder: Path) -> None:
+    """Try to write where `folder` is or will be, before hours of work rely on it; leaves nothing. Raises: UserError."""
+    with writing(folder):
+        place = folder
+        while not place.exists():
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output file before the work for it. Raises: UserError: it exists already, or cannot be written."""
+    with writing(path):
+        if path.exists() and not overwrite:
+            raise UserError(f"-o {path}: exists already; name another file, or --overwrite (nothing was changed)")
+        if path.is_dir():
+            raise UserError(f"-o {path}: is a folder; name a file")
+    check_folder(path.parent)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what `write_atomically` and `link_atomically` leave in a run folder when they are killed."""
+    own = (".config.yaml.*", ".freeze.json.*", ".metrics.jsonl.*", ".nonfinite_step_*")
+    for pattern in (*own, "checkpoints/.*.pt.*", "eval/step_*/*/.*", "tb/.events.*"):
+        for temporary in run.glob(f"{pattern}.tmp"):
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link_atomically(target: Path, link: Path) -> None:
+    """Make `link` the same file as `target` (a hard link; a copy where the file system has none)."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(target, temporary)
+    except OSError:
+        write_atomically(link, lambda file: file.write(target.read_bytes()))
+        return
+    os.replace(temporary, link)
+    temporary.unlink(missing_ok=True)  # where the two were one file already, replacing does nothing
+    sync_folder(link.parent)
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """`torch.save` of tensors and plain containers, atomically, and read back to compare checksums."""
+
+    def write(file: BinaryIO) -> None:
+        writer = _RememberError(file)
+        try:
+            torch.save(content, cast(BinaryIO, writer))
+        except RuntimeError as error:  # torch hides the operating system's error behind one of its own
+            raise (writer.error or error) from error
+
+    write_atomically(path, write, verify=check_archive)
+
+
+def load_tensors(path: Path) -> Any:
+    """What `save_tensors` or `torch.save` wrote, on the CPU. No code of the file runs.
+
+    Raises: BadFile: missing, truncated, altered, compressed, with objects other than tensors and plain containers.
+    """
+    if not path.is_file():
+        raise BadFile(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
+    try:
+        with open(path, "rb") as file:
+            archive = file.read(2) == b"PK"
+        if archive or zipfile.is_zipfile(path):  # a file that only one of the two takes for an archive fails the check
+            check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(path, content)
+        return content
+    except BadFile:
+        raise
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL ([\w.]+)", str(error))  # the rest of torch's text is advice to switch this check off
+        why = f" ({what[1]})" if what else ", or is not a PyTorch file"
+        raise BadFile(f"{path}: holds objects other than tensors{why}") from error
+    except Exception as error:  # torch's reader raises anything on bytes that it does not expect
+        raise BadFile(f"{path}: cannot be read ({type(error).__name__}: {_first_line(error)})") from error
+
+
+def check_archive(path: Path) -> None:
+    """Refuse an archive that is not exactly what torch writes: compressed or overlapping records, wrong checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if min((e.header_offset for e in entries), default=0) != 0:
+                raise BadFile(f"{path}: has something before its first record, which PyTorch never writes")
+            if len({e.filename for e in entries}) < len(entries):
+                raise BadFile(f"{path}: holds two records of one name, which PyTorch never writes")
+            if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+                raise BadFile(f"{path}: holds compressed records, which PyTorch never writes")
+            if sum(e.file_size for e in entries) > path.stat().st_size:
+                raise BadFile(f"{path}: claims more data than the file holds")
+            if (broken := archive.testzip()) is not None:
+                raise BadFile(f"{path}: record {broken} does not match its checksum; the file was altered or cut")
+    except BadFile:
+        raise
+    except Exception as error:  # zipfile, too, raises anything on bytes that it does not expect
+        raise BadFile(f"{path}: not a whole PyTorch file ({_first_line(error)})") from error
+
+
+def _check_tensors(path: Path, content: Any) -> None:
+    """Refuse tensors that claim more elements than are stored: reading one could take any amount of memory."""
+    if isinstance(content, Tensor):
+        if (
+            content.layout != torch.strided
+            or content.device.type != "cpu"  # `meta`: without values
+            or content.numel() * content.element_size() > content.untyped_storage().nbytes()
+        ):
+            raise BadFile(f"{path}: a tensor of shape {tuple(content.shape)} has fewer bytes stored than it claims")
+    elif isinstance(content, dict):
+        for value in content.values():
+            _check_tensors(path, value)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            _check_tensors(path, value)
+
+
+class _RememberError:
+    """A file for torch.save that keeps the first OSError."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).split("\n", 1)[0] or type(error).__name__)[:200]
+
+
+def _umask() -> int:
+    try:  # without changing it, for other threads' sake
+        return int(Path("/proc/self/status").read_text().partition("Umask:")[2].split()[0], 8)
+    except (OSError, ValueError, IndexError):
+        pass
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

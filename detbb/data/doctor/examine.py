@@ -1,0 +1,152 @@
+"""The dataset doctor: one pass over the data of a configuration that finds every fault at once.
+
+Faults of annotations are the readers' findings; this adds what only the whole set and the files can tell. Training
+starts with it, and `tools/check_data.py` shows it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from detbb.config.schema import DataConfig
+from detbb.core.errors import UserError
+from detbb.data.doctor.image_files import examine_files
+from detbb.data.formats import read_split
+from detbb.data.formats.faults import Faults
+from detbb.structures.annotations import Annotations, Fault
+
+
+@dataclass
+class Split:
+    """One split as examined. annotations: without what is refused, None if it cannot be read."""
+
+    source: str  # data.<source>
+    split: str
+    origin: str  # its annotation file or folder
+    annotations: Annotations | None
+    faults: list[Fault] = field(default_factory=list)
+    notes: list[Fault] = field(default_factory=list)  # nothing to repair, good to know
+    bad: set[int] = field(default_factory=set)  # indices of images that cannot be used, or are in both splits
+
+
+@dataclass
+class Report:
+    """The splits by their place in the configuration (`data.<name>.train`)."""
+
+    splits: dict[str, Split] = field(default_factory=dict)
+
+    def annotations(self, split: str) -> dict[str, Annotations]:
+        """By source, with all faults found in `faults`."""
+        return {
+            found.source: replace(found.annotations, faults=tuple(found.faults))
+            for found in self.splits.values()
+            if found.annotations is not None and found.split == split
+        }
+
+    def refused(self) -> list[str]:
+        """A phrase for each class of fault that is refused."""
+        return [f"{p} ({s.origin}): {f}" for p, s in self.splits.items() for f in s.faults if not f.repaired]
+
+    def check(self) -> None:
+        """Raise UserError with everything that is refused."""
+        if refused := self.refused():
+            raise UserError("; ".join(refused))
+
+    def rows(self) -> list[tuple[str, str, Fault]]:
+        """(place, `refused`, `repaired` or `noted`, fault), the worst first."""
+        rows = [(p, "repaired" if f.repaired else "refused", f) for p, s in self.splits.items() for f in s.faults]
+        rows += [(p, "noted", f) for p, s in self.splits.items() for f in s.notes]
+        return sorted(rows, key=lambda row: ("refused", "repaired", "noted").index(row[1]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, for scripts."""
+        outcomes = [outcome for _, outcome, _ in self.rows()]
+        splits = {}
+        for place, split in self.splits.items():
+            a = split.annotations
+            splits[place] = {
+                "origin": split.origin,
+                "images": None if a is None else len(a),
+                "objects": None if a is None else len(a.labels),
+                "classes": None if a is None else list(a.classes),
+                "faults": [{"outcome": o, **asdict(f)} for p, o, f in self.rows() if p == place],
+            }
+        return {"refused": outcomes.count("refused"), "repaired": outcomes.count("repaired"), "splits": splits}
+
+    def table(self) -> Table:
+        table = Table("where", "outcome", "count", "what", "the first", title="Dataset doctor", title_justify="left")
+        for place, outcome, fault in self.rows():
+            style = {"refused": "red", "repaired": "yellow", "noted": ""}[outcome]
+            first = ", ".join(map(str, fault.first)) + ", …" * (fault.count > len(fault.first))
+            cells = (place, outcome, f"{fault.count:,}", fault.kind.rstrip(": "), first)
+            table.add_row(*(Text(cell) for cell in cells), style=style)
+        return table
+
+
+def examine(data: Mapping[str, DataConfig], *, files: bool = True) -> Report:
+    """Every fault of the train and val splits of these sources.
+
+    files: look at the image files, too.
+    """
+    report = Report()
+    for name, source in data.items():
+        found: dict[str, Split] = {}
+        for split, config in (("train", source.train), ("val", source.val)):
+            place = f"data.{name}.{split}"
+            train = found["train"].annotations if "train" in found else None
+            follows = (
+                split == "val" and source.classes is None and source.format in ("coco", "voc") and train is not None
+            )
+            origin = "" if config is None else str(config.annotations or config.images or source.format)
+            try:
+                classes = train.classes if follows and train is not None else None
+                annotations = read_split(source, split, name, classes=classes, strict=False)
+            except UserError as error:
+                reason = str(error).removeprefix(f"{place}: ")
+                found[split] = Split(name, split, origin, None, [Fault("cannot be read:", 1, (reason,), False)])
+            else:
+                if annotations is not None:
+                    faults = [*annotations.faults, *_of_set(annotations, split, source.augment)]
+                    found[split] = Split(name, split, origin, annotations, faults, _notes(annotations, split))
+        if files:
+            splits = {split: s.annotations for split, s in found.items() if s.annotations is not None}
+            for split, findings in examine_files(source, splits).items():
+                found[split].faults += findings.faults
+                found[split].bad |= findings.bad
+        report.splits |= {f"data.{name}.{split}": result for split, result in found.items()}
+    return report
+
+
+def _of_set(annotations: Annotations, split: str, augment: object) -> list[Fault]:
+    faults = Faults("", strict=False)
+    if not len(annotations):
+        faults.refuse("empty set: no image that can be used", [""])
+    elif split == "train" and annotations.has("boxes") and not len(annotations.labels):
+        faults.refuse("empty set: no object to learn from", [""])
+    names = annotations.keypoint_names
+    mirrors = split == "train" and re.search("default|Flip|Transpose|D4|SquareSymmetry", str(augment))
+    if mirrors and len(names) > 1 and not annotations.flip_pairs:
+        faults.repair("keypoint name without left and right (in mirrored images they do not change places):", names)
+    return faults.found
+
+
+def _notes(annotations: Annotations, split: str) -> list[Fault]:
+    notes = Faults("")
+    if split == "val" and annotations.has("boxes") and len(annotations) and not len(annotations.labels):
+        notes.repair("no object: there is nothing to measure", [""])
+    ids = annotations.category_ids
+    if len(ids) and not np.array_equal(np.sort(ids), np.arange(ids.min(), ids.min() + len(ids))):
+        notes.repair("category ids with gaps (labels count from 0, results have these ids):", np.sort(ids))
+    notes.repair("crowd (evaluation knows it, training leaves it out), ids", annotations.object_ids[annotations.crowd])
+    if annotations.segments is not None:
+        unmasked = annotations.object_ids[annotations.segments.empty() & ~annotations.crowd]
+        notes.repair("object without a mask (not trained for segm), annotation ids", unmasked)
+    notes.repair("file name beyond ASCII:", [name for name in annotations.file_names if not name.isascii()])
+    return notes.found

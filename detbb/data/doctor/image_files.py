@@ -1,0 +1,185 @@
+"""What only the image files can tell: missing and unusable ones, other sizes than annotated, images in both splits.
+
+Only headers are read, whole masks, and the bytes of files of one size that are in both splits. The findings are
+remembered by the name, size and time of every file, so that only the first pass over a large set takes long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import unicodedata
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from detbb.config.schema import DataConfig
+from detbb.core.files import write_atomically
+from detbb.core.schema import mismatch
+from detbb.data.formats.annotation_cache import cache_folder
+from detbb.data.formats.faults import Faults
+from detbb.data.formats.semantic import read_mask
+from detbb.data.images import THREADS, BadImage, image_header, safe_join
+from detbb.structures.annotations import Annotations, Fault
+
+VERSION = 2  # of what is looked for; another one forgets what was found
+REMEMBERED_FROM_S = 1.0  # passes that took longer are remembered
+FORM = {str: {"faults": [{"kind": str, "count": int, "first": [object], "repaired": bool}], "bad": [int]}}
+MISSING = "image file that is not there"
+UNREADABLE = "image file that cannot be used"
+RENAMED = "file name that is on disk in another Unicode normal form"
+TOO_LARGE = "image file of more than max_pixels"
+OTHER_SIZE = "image whose size is not what its annotations say"
+
+
+@dataclass
+class Findings:
+    """Faults of one split's files, and the indices of the images that have one."""
+
+    faults: list[Fault] = field(default_factory=list)
+    bad: set[int] = field(default_factory=set)
+
+
+def examine_files(source: DataConfig, splits: Mapping[str, Annotations]) -> dict[str, Findings]:
+    """Findings of each split (`train`, `val`); remembered below `$XDG_CACHE_HOME/detbb` (~/.cache/detbb)."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        stats = {
+            s: np.array(list(threads.map(_stat, _paths(a))), dtype=np.int64).reshape(-1, 2) for s, a in splits.items()
+        }
+        memory = _memory(source, splits, stats)
+        found = _recall(memory, splits)
+        if found is None:
+            began = time.perf_counter()
+            found = {s: _look(source, a, stats[s][: len(a)], threads) for s, a in splits.items()}
+            if len(splits) == 2:
+                _find_leaks(source, splits, stats, found["val"])
+            if time.perf_counter() - began > REMEMBERED_FROM_S:
+                _remember(memory, found)
+    return found
+
+
+def on_disk(path: Path) -> Path | None:
+    """The file of this name in whatever Unicode normal form; None if there is none."""
+    names = (path.name, *(unicodedata.normalize(form, path.name) for form in ("NFC", "NFD")))
+    return next((path.with_name(name) for name in names if os.path.lexists(path.with_name(name))), None)
+
+
+def _paths(annotations: Annotations) -> list[Path]:
+    """Those of the images, then those of the masks."""
+    masks = annotations.mask_files or ()
+    return [*(annotations.root / name for name in annotations.file_names), *map(Path, masks)]
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _look(source: DataConfig, annotations: Annotations, stats: np.ndarray, threads: ThreadPoolExecutor) -> Findings:
+    def look(index: int) -> tuple[str, str] | None:
+        """(kind, what the fault is) of one image."""
+        name, size = annotations.file_names[index], tuple(annotations.sizes[index].tolist())
+        path = annotations.root / name
+        if stats[index, 0] < 0:
+            other = on_disk(path)
+            return (RENAMED if other is not None and other != path else MISSING), name
+        try:
+            header = image_header(safe_join(annotations.root, name))
+            if header[0] * header[1] > source.max_pixels:
+                return TOO_LARGE, name
+            if header != size:
+                return OTHER_SIZE, f"{name} (file {header[1]} x {header[0]}, annotations {size[1]} x {size[0]})"
+            if annotations.mask_files is not None:
+                read_mask(annotations, index)
+        except BadImage as error:
+            return UNREADABLE, f"{name} ({'' if error.path == str(path) else 'its mask '}{error.reason})"
+        return None
+
+    results = list(threads.map(look, range(len(annotations))))
+    faults = Faults("", strict=False)
+    skips = source.on_bad_image == "skip"
+    for kind in (MISSING, RENAMED, UNREADABLE, TOO_LARGE, OTHER_SIZE):
+        note = faults.repair if skips else faults.refuse
+        note(f"{kind}{' (replaced)' * skips}:", [what for k, what in filter(None, results) if k == kind])
+    claims = annotations.sizes.astype(np.int64).prod(axis=1) > source.max_pixels
+    wrong = [r[1] for r, claim in zip(results, claims, strict=True) if claim and r is not None and r[0] != TOO_LARGE]
+    if skips:  # what stands in would be evaluated at that size
+        faults.refuse(f"annotated size of more than max_pixels ({source.max_pixels}), and not the file's:", wrong)
+    return Findings(faults.found, {index for index, result in enumerate(results) if result is not None})
+
+
+def _find_leaks(
+    source: DataConfig, splits: Mapping[str, Annotations], stats: Mapping[str, np.ndarray], val: Findings
+) -> None:
+    """Add the images of val that have the bytes of an image of train."""
+    sizes = {split: stats[split][: len(a), 0] for split, a in splits.items()}
+    common = np.intersect1d(sizes["train"], sizes["val"])
+    digests: dict[str, dict[int, bytes]] = {}
+    for split, a in splits.items():
+        candidates = np.flatnonzero(np.isin(sizes[split], common) & (sizes[split] > 0)).tolist()
+        digests[split] = {index: digest for index in candidates if (digest := _digest(a.path(index))) is not None}
+    of_train = {digest: index for index, digest in digests["train"].items()}
+    leaked = {index: of_train[digest] for index, digest in digests["val"].items() if digest in of_train}
+    names = {split: a.file_names for split, a in splits.items()}
+    what = [f"{names['val'][i]} = {names['train'][k]}" for i, k in leaked.items()]
+    faults = Faults("", strict=False)
+    by_heart = len(leaked) == len(splits["val"])  # all of val is of train: nobody does that by accident
+    if source.allow_leak or by_heart:
+        reason = "allow_leak" if source.allow_leak else "all of val is: this measures learning by heart"
+        faults.repair(f"image of val that is in train, too ({reason}):", what)
+    else:
+        faults.refuse("image of val that is in train, too (leave it out, or say allow_leak: true):", what)
+        val.bad |= set(leaked)
+    val.faults += faults.found
+
+
+def _digest(path: Path) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "blake2b").digest()
+    except OSError:
+        return None
+
+
+def _memory(source: DataConfig, splits: Mapping[str, Annotations], stats: Mapping[str, np.ndarray]) -> Path:
+    """Where the findings about exactly these files are remembered."""
+    key = hashlib.blake2b(digest_size=16)
+    key.update(repr((VERSION, source.on_bad_image, source.max_pixels, source.allow_leak)).encode())
+    for split, a in splits.items():
+        paths = "\0".join(map(os.path.abspath, _paths(a)))
+        key.update(f"{split}\0{paths}".encode("utf-8", "surrogateescape"))
+        key.update(
+            a.sizes.tobytes() + stats[split].tobytes() + (b"" if a.mask_values is None else a.mask_values.tobytes())
+        )
+    return cache_folder() / f"{key.hexdigest()}.json"
+
+
+def _recall(path: Path, splits: Mapping[str, Annotations]) -> dict[str, Findings] | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if mismatch(content, FORM) or set(content) != set(splits):
+        return None
+    if any(not 0 <= index < len(splits[split]) for split, c in content.items() for index in c["bad"]):
+        return None
+    return {
+        split: Findings([Fault(**{**f, "first": tuple(f["first"])}) for f in c["faults"]], set(c["bad"]))
+        for split, c in content.items()
+    }
+
+
+def _remember(path: Path, found: Mapping[str, Findings]) -> None:
+    content = {s: {"faults": [asdict(f) for f in c.faults], "bad": sorted(c.bad)} for s, c in found.items()}
+    try:
+        write_atomically(path, lambda file: file.write(json.dumps(content).encode()))
+    except (OSError, ValueError):  # a home that cannot be written to: the next pass takes as long
+        return

@@ -1,0 +1,239 @@
+"""COCO JSON to `Annotations`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from detbb.core.errors import UserError
+from detbb.data.formats.annotation_cache import Remembered
+from detbb.data.formats.coco_json import Category, CocoFile, Image, Object, no_garbage_collection
+from detbb.data.formats.faults import FARTHEST, Faults, Rows, arrange, choose_classes
+from detbb.data.formats.fork_map import spread
+from detbb.data.images import BadImage, image_header, name_fault, safe_join
+from detbb.structures.annotations import Annotations, PackedStrings, Segments
+
+LEAST_RUNS = 32  # of objects, for a process to be worth its start
+_FIELDS = attrgetter(*Object.__struct_fields__)
+_NO_BOX = (np.nan,) * 4
+_SIDE = re.compile(r"left|right|(?<![^\W_])[lr](?![^\W_])")
+_OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
+
+
+def read_coco(
+    images: Path,
+    annotations: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    exact: bool = False,
+    faults: Faults | None = None,
+) -> Annotations:
+    """One COCO file with the images it names below `images`.
+
+    Labels follow the category ids, or the order of `classes` (objects of other classes are left out; with `exact` there
+    may be none). Crowds are kept and flagged. A file without any box says what whole images are: each object gets a box
+    around its image. Raises UserError for what cannot be repaired, with the first ids, unless `faults` is not strict.
+    What a large file became is remembered, if nothing else had a part in it.
+    """
+    faults = faults or Faults(annotations)
+    memory = Remembered(annotations, ("coco", None if classes is None else tuple(classes), exact))
+    if (recalled := memory.recall(images)) is not None:
+        faults.found += recalled.faults
+        return recalled
+    found = _read(images, annotations, classes, faults, exact=exact)
+    if all(f.repaired for f in found.faults) and not faults.of_images:
+        memory.remember(found)
+    return found
+
+
+@no_garbage_collection()  # around the function, so that its objects are gone when collecting goes on
+def _read(
+    images: Path, annotations: Path, classes: Sequence[str] | None, faults: Faults, *, exact: bool
+) -> Annotations:
+    file = CocoFile(annotations)
+    faults.refuse("category id used twice:", _repeated([c.id for c in file.categories]))
+    categories = sorted({c.id: c for c in reversed(file.categories)}.values(), key=lambda c: c.id)
+    names = choose_classes([c.name for c in categories], classes, faults, exact=exact)
+    category_ids = _category_ids(categories, names)
+    used, sizes = _usable_images(images, file.images, faults)
+    image_ids = np.array([i.id for i in used], dtype=np.int64)
+    keypoint_names = _keypoint_names(categories, names, annotations)
+    rows = _rows(file, _Images(image_ids, sizes), category_ids, len(keypoint_names), faults)
+    keypoint_names = keypoint_names if rows.keypoints is not None else ()
+    fields = arrange(rows, sizes, faults)
+    return Annotations(
+        root=images,
+        classes=names,
+        category_ids=category_ids,
+        image_ids=image_ids,
+        file_names=PackedStrings(i.file_name for i in used),
+        sizes=sizes,
+        keypoint_names=keypoint_names,
+        flip_pairs=flip_pairs(keypoint_names),
+        faults=faults.finish(),
+        **fields,
+    )
+
+
+def flip_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Pairs of keypoints whose names differ in left and right alone, or in the words l and r; the case is no matter."""
+    rows = {n.casefold(): i for i, n in enumerate(names)}
+    pairs = ((i, rows.get(_SIDE.sub(lambda side: _OTHER_SIDE[side[0]], n), i)) for n, i in rows.items())
+    return tuple(sorted((a, b) for a, b in pairs if a < b))
+
+
+def _category_ids(categories: list[Category], names: Sequence[str]) -> np.ndarray:
+    """The id of each class; a new one for a class that the file lacks."""
+    ids: dict[str, int] = {}
+    for category in categories:
+        ids.setdefault(category.name, category.id)
+    for name in names:
+        ids.setdefault(name, max(ids.values(), default=0) + 1)
+    return np.array([ids[name] for name in names], dtype=np.int64)
+
+
+def _usable_images(root: Path, images: list[Image], faults: Faults) -> tuple[list[Image], np.ndarray]:
+    """The images that can be used, and their (height, width)."""
+    outside = [i for i in images if name_fault(i.file_name)]
+    faults.refuse("file name that leaves the image folder, image ids", [i.id for i in outside])
+    faults.refuse("image id used twice:", _repeated([i.id for i in images]))
+    names: dict[str, int] = {}
+    again = [i for i in images if names.setdefault(i.file_name, i.id) != i.id]
+    faults.refuse("image file named by several images, image ids", [i.id for i in again])
+    left_out = {id(i) for i in [*outside, *again]}
+    seen: set[int] = set()
+    used = [i for i in images if id(i) not in left_out and i.id not in seen and not seen.add(i.id)]  # type: ignore[func-returns-value]
+    sizes = np.array([(i.height, i.width) for i in used], dtype=np.float64).reshape(-1, 2)
+    missing = (sizes == 0).any(axis=1)
+    faults.of_images |= bool(missing.any())
+    unread: list[int] = []
+    for k in np.flatnonzero(missing).tolist():
+        try:
+            sizes[k] = image_header(safe_join(root, used[k].file_name))
+        except BadImage:
+            unread.append(k)
+    faults.bad_images("image of unknown size that cannot be read", [used[k].file_name for k in unread])
+    missing[unread] = False
+    sizes[unread] = 1
+    wrong = ~((sizes > 0) & (sizes <= 2**31 - 1) & (sizes == np.round(sizes))).all(axis=1)
+    faults.refuse("width or height that is no pixel count, image ids", [used[k].id for k in np.flatnonzero(wrong)])
+    faults.repair("missing width or height (from the file), image ids", [used[k].id for k in np.flatnonzero(missing)])
+    wrong[unread] = True
+    return [i for i, w in zip(used, wrong.tolist(), strict=True) if not w], sizes[~wrong].astype(np.int32)
+
+
+class _Images(NamedTuple):
+    """Those that can be used."""
+
+    ids: np.ndarray
+    sizes: np.ndarray  # (N, 2) height, width
+
+    def sizes_of(self, ids: np.ndarray) -> np.ndarray:
+        """(M, 2); 0 x 0 for an unknown image."""
+        index, known = _lookup(self.ids, ids)
+        return self.sizes[index] * known[:, None] if len(self.ids) else np.zeros((len(ids), 2), dtype=np.int32)
+
+
+def _rows(file: CocoFile, images: _Images, category_ids: np.ndarray, points: int, faults: Faults) -> Rows:
+    """The objects of images that can be used, with `points` keypoints each."""
+
+    def read(start: int) -> tuple[dict[str, Any], np.ndarray]:
+        columns = _columns(file.objects(start), images, points)
+        return columns, columns["segments"].give_numbers()
+
+    parts, numbers = spread(read, file.starts, least=LEAST_RUNS)
+    all_segments = Segments.join([part.pop("segments") for part in parts], numbers)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    ids = columns["id"]
+    known_image = _lookup(np.array([i.id for i in file.images], dtype=np.int64), columns["image"])[1]
+    faults.refuse("annotation of an unknown image, annotation ids", ids[~known_image])
+    known_category = _lookup(np.array([c.id for c in file.categories], dtype=np.int64), columns["category"])[1]
+    faults.refuse("annotation of an unknown category, annotation ids", ids[~known_category])
+    bare = columns["bare"]
+    if not bare.all():
+        faults.refuse("annotation without a bbox, annotation ids", ids[bare])
+    image, used = _lookup(images.ids, columns["image"])
+    used &= known_category & (~bare | bare.all())
+    image, columns = image[used], {name: column[used] for name, column in columns.items()}
+    label, wanted = _lookup(category_ids, columns["category"])
+    label = np.where(wanted, label, -1)
+    faults.repair("missing iscrowd (taken as 0), annotation ids", columns["id"][columns["no_crowd"]])
+    wrong = columns["wrong_points"] & wanted
+    faults.refuse(f"keypoints that are not {points} finite x, y, visibility, annotation ids", columns["id"][wrong])
+    label[wrong] = -1
+    if bare.all():
+        columns["box"][:, :2], columns["box"][:, 2:] = 0, images.sizes[image, ::-1]
+    return Rows(
+        image=image,
+        label=label,
+        boxes_xywh=columns["box"],
+        area=columns["area"],
+        crowd=columns["crowd"],
+        ids=columns["id"],
+        segments=all_segments.take(np.flatnonzero(used)) if columns["shaped"].any() else None,
+        keypoints=columns["keypoints"] if columns["has_points"].any() else None,
+    )
+
+
+def _columns(objects: list[Object], images: _Images, points: int) -> dict[str, Any]:
+    image, category, number, box, area, crowd, shape, pointed = (
+        zip(*map(_FIELDS, objects), strict=True) if objects else [()] * 8
+    )
+    keypoints, wrong = np.zeros((len(objects), points, 3), dtype=np.float32), np.zeros(len(objects), dtype=bool)
+    has_points = np.array([*map(bool, pointed)], dtype=bool) & (points > 0)
+    for row in np.flatnonzero(has_points).tolist():
+        own = np.array(pointed[row])
+        if len(own) == 3 * points and (np.abs(own) <= FARTHEST).all():
+            keypoints[row] = own.reshape(points, 3)
+        else:
+            wrong[row] = True
+    columns = {"image": np.array(image, dtype=np.int64), "category": np.array(category, dtype=np.int64)}
+    return columns | {
+        "id": np.array([n or 0 for n in number] if None in number else number, dtype=np.int64),
+        "bare": _is_none(box),
+        "box": np.fromiter(chain.from_iterable(b or _NO_BOX for b in box), np.float64, 4 * len(box)).reshape(-1, 4),
+        "area": np.array(area, dtype=np.float64),  # NaN for None
+        "crowd": np.array(crowd, dtype=bool),
+        "no_crowd": _is_none(crowd),
+        "segments": Segments(shape, images.sizes_of(columns["image"])),
+        "shaped": np.array([*map(bool, shape)], dtype=bool),
+        "keypoints": keypoints,
+        "has_points": has_points,
+        "wrong_points": wrong,
+    }
+
+
+def _is_none(values: Sequence[object]) -> np.ndarray:
+    if None not in values:
+        return np.zeros(len(values), dtype=bool)
+    return np.array([value is None for value in values], dtype=bool)
+
+
+def _lookup(ids: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The index in `ids` of every value (0 where there is none), and whether it is there."""
+    if not len(ids):
+        return np.zeros(len(values), dtype=np.int64), np.zeros(len(values), dtype=bool)
+    order = np.argsort(ids, kind="stable")
+    index = order[np.searchsorted(ids, values, sorter=order).clip(max=len(ids) - 1)]
+    found = ids[index] == values
+    return np.where(found, index, 0), found
+
+
+def _repeated(ids: list[int]) -> np.ndarray:
+    values, counts = np.unique(np.array(ids, dtype=np.int64), return_counts=True)
+    return values[counts > 1]
+
+
+def _keypoint_names(categories: list[Category], classes: Sequence[str], origin: Path) -> tuple[str, ...]:
+    kinds = {tuple(c.keypoints) for c in categories if c.keypoints and c.name in classes}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{origin}: categories name different keypoints; one list for all is supported, or use `classes`"
+        )
+    return next(iter(kinds), ())

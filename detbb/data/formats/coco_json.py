@@ -1,0 +1,116 @@
+"""A COCO file's images, categories and objects, with every type checked.
+
+The objects are decoded a thousand at a time: millions of Python numbers at once would take most of the time to find
+memory for, and several times the file's size of it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from detbb.core.errors import UserError
+from detbb.data.images import read_bytes
+
+T = TypeVar("T")
+Id = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]  # leaves room for new ones
+OwnId = Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # what engines of evaluation take
+AT_ONCE = 1024  # the numbers of so many objects stay in a core's cache until they are in arrays
+
+
+class Image(msgspec.Struct, gc=False):
+    id: OwnId
+    file_name: str
+    width: float = 0
+    height: float = 0
+
+
+class Category(msgspec.Struct, gc=False):
+    id: OwnId
+    name: str
+    keypoints: list[str] = []
+
+
+class Object(msgspec.Struct, gc=False):
+    image_id: Id
+    category_id: Id
+    id: Id | None = 0
+    bbox: tuple[float, float, float, float] | None = None
+    area: float | None = None
+    iscrowd: int | bool | None = None
+    segmentation: list[list[float]] | dict[str, Any] | None = None
+    keypoints: list[float] | None = None
+
+
+_OBJECT = msgspec.json.Decoder(Object)
+
+
+class _Document(msgspec.Struct, gc=False):
+    images: list[Image]
+    annotations: list[msgspec.Raw]
+    categories: list[Category]
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Millions of new objects and no cycles: the collector would search through them again and again, for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class CocoFile:
+    """The parts of a COCO file that are read; anything else in it is passed over.
+
+    Raises UserError with the place in the file, `objects` does, too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        document = self._decode(read_bytes(path), _Document)
+        self.images, self.categories, self._objects = document.images, document.categories, document.annotations
+
+    @property
+    def starts(self) -> range:
+        """Of the runs of objects, at least one."""
+        return range(0, max(len(self._objects), 1), AT_ONCE)
+
+    def objects(self, start: int) -> list[Object]:
+        """A run of at most AT_ONCE objects."""
+        run = self._objects[start : start + AT_ONCE]
+        try:
+            return list(map(_OBJECT.decode, run))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return self._decode(b"[" + b",".join(run) + b"]", list[Object], start)
+
+    def _decode(self, data: bytes, kind: type[T], start: int = 0) -> T:
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as first:
+            try:  # Python's reader also takes NaN and Infinity, which deserve an error with their ids
+                return _decode_by_python(data, kind)
+            except msgspec.ValidationError as e:
+                place = re.sub(r"`\$\[(\d+)\]", lambda row: f"`$.annotations[{start + int(row[1])}]", str(e))
+                raise UserError(f"{self._path}: is not a COCO file: {place}") from None
+            except (ValueError, RecursionError):
+                raise UserError(f"{self._path}: is not a COCO file: {first}") from None
+
+
+def _decode_by_python(data: bytes, kind: type[T]) -> T:
+    content = json.loads(data)
+    if kind is _Document and isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        content["annotations"] = [msgspec.Raw(json.dumps(o).encode()) for o in content["annotations"]]
+    made = msgspec.convert(content, kind)
+    msgspec.json.encode(made)  # lone surrogates, which Python's reader takes as well, are no text
+    return made

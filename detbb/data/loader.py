@@ -1,0 +1,230 @@
+"""Batches in step order for training, and in fixed groups for evaluation."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import multiprocessing
+import signal
+import warnings
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
+from torch.utils.data import DataLoader, Dataset
+
+from detbb.config.schema import Config, DataConfig
+from detbb.core.errors import UserError
+from detbb.data.images import BadImage
+from detbb.data.sample import Reader
+from detbb.data.sampler import MicroBatch, SampleKey, SampleOrder, StepSampler, Turns, mix
+from detbb.structures.annotations import Annotations
+from detbb.structures.batch import Batch, Entry, Target, collate
+
+if TYPE_CHECKING:
+    from detbb.feature_cache.cache import Store
+
+
+class TrainDataset(Dataset):
+    """Images by SampleKey; whole micro-batches become a Batch."""
+
+    def __init__(
+        self, readers: Mapping[str, Reader], stride: int = 32, *, stores: Mapping[str, Store] | None = None
+    ) -> None:
+        self._readers, self._stride, self._stores = readers, stride, stores or {}
+        self._largest = {name: r.largest() for name, r in readers.items() if r.config.pad == "source"}
+
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Target]:
+        image, target, *_ = self._read(key)
+        assert image is not None
+        return image, target
+
+    def __getitems__(self, keys: MicroBatch) -> Batch | UserError:
+        """The padded batch, or the error to raise in the main process (a worker's traceback is no use to a user)."""
+        try:
+            samples = [self._read(k) for k in keys]
+            images, targets = [s[0] for s in samples if s[0] is not None], [s[1] for s in samples]
+            batch = collate(images, targets, keys[0].source, self._stride, self._padded(keys))
+            entries = tuple(s[3] for s in samples if s[3] is not None)
+            return replace(batch, bad_images=tuple(path for s in samples for path in s[2]), entries=entries)
+        except UserError as e:
+            return UserError(str(e))
+
+    def _padded(self, keys: MicroBatch) -> tuple[int, int]:
+        """(h, w) that covers the images of all processes, so that padding does not depend on how many there are."""
+        source = keys[0].source
+        if source in self._stores:
+            return self._stores[source].plan.hw
+        if source in self._largest:
+            return self._largest[source]
+        reader = self._readers[source]
+        if reader.transform.changes_size:
+            sizes = [tuple(self[k][0].shape[1:]) for k in keys.everyone if k not in keys]
+        else:
+            sizes = [reader.size(k.index, k.epoch) for k in keys.everyone]
+        return max((s[0] for s in sizes), default=0), max((s[1] for s in sizes), default=0)
+
+    def _read(self, key: SampleKey) -> tuple[Tensor | None, Target, list[str], Entry | None]:
+        """Image (None if its features are stored), target, files passed over, and entry of the feature cache.
+
+        With `on_bad_image: skip`, the next image takes a bad one's place, where padding follows from the sizes alone
+        no larger than that one, so that all processes still know it.
+        """
+        reader, store = self._readers[key.source], self._stores.get(key.source)
+        known = store is not None or key.source in self._largest or reader.transform.changes_size
+        bad: list[str] = []
+        count = len(reader.annotations)
+        for offset in range(count):
+            index = (key.index + offset) % count
+            try:
+                entry = store.find(reader, index, key.epoch) if store is not None else None
+                if entry is not None and entry.stored:
+                    return None, reader.target(index, key.epoch, key.step), bad, entry
+                within = None if known or not offset else reader.size(key.index, key.epoch)
+                image, target = reader.read(index, key.epoch, key.step, within=within)
+                return image, target, bad, store.checked(entry, reader, index) if store and entry else None
+            except BadImage as e:
+                if reader.config.on_bad_image == "error":
+                    raise
+                bad.append(str(e))
+        raise UserError(f"data.{key.source}.train: none of {count} images can be decoded; the first: {bad[0]}")
+
+
+class EvalDataset(Dataset):
+    """Groups of images, not augmented."""
+
+    def __init__(self, reader: Reader, source: str, stride: int = 32) -> None:
+        self._reader, self._source, self._stride = reader, source, stride
+
+    def __getitems__(self, indices: list[int]) -> Batch | UserError:
+        samples, bad = [], []
+        for index in indices:
+            try:
+                samples.append(self._reader.read(index))
+            except BadImage as e:
+                if self._reader.config.on_bad_image == "error":
+                    return UserError(str(e))
+                samples.append(self._reader.blank(index))
+                bad.append(str(e))
+            except UserError as e:
+                return UserError(str(e))
+        batch = collate([s[0] for s in samples], [s[1] for s in samples], self._source, self._stride)
+        return replace(batch, bad_images=tuple(bad))
+
+
+class BatchLoader(DataLoader):
+    """A DataLoader that raises in the main process what its workers found wrong."""
+
+    def __iter__(self) -> Generator[Batch]:  # type: ignore[override]
+        for item in super().__iter__():
+            if isinstance(item, UserError):
+                raise item
+            yield item
+
+
+def train_loader(
+    sources: Mapping[str, Annotations],
+    config: Config,
+    *,
+    needs: Mapping[str, frozenset[str]],
+    start_step: int,
+    end_step: int,
+    rank: int = 0,
+    world_size: int = 1,
+    stores: Mapping[str, Store] | None = None,
+    phases: Sequence[tuple[int, Collection[str]]] = (),
+) -> BatchLoader:
+    """`train.accumulate` batches a step, for the steps start_step … end_step - 1, of this process's images.
+
+    Only the sources given take turns; `phases` says which did before, so that a switch repeats no image. Each image's
+    order and augmentation follow from (seed, step) alone, whatever the number of workers, of processes, or the step at
+    which the loader starts. stores: the feature cache by source.
+    """
+    batch_size = config.train.batch_size
+    readers, orders = {}, {}
+    for name, data in sources.items():
+        try:
+            readers[name] = Reader(data, config.data[name], train=True, needs=needs[name], seed=config.seed)
+        except UserError as e:
+            raise UserError(f"data.{name}: {e}") from None
+        landscape = data.sizes[:, 1] >= data.sizes[:, 0] if config.data[name].aspect_grouping else None
+        orders[name] = SampleOrder(len(data), batch_size, seed=mix(config.seed, *name.encode()), landscape=landscape)
+    taking = {*sources, *(name for _, names in phases for name in names)}
+    sampler = StepSampler(
+        Turns({name: source.weight for name, source in config.data.items() if name in taking}, phases),
+        orders,
+        steps=range(start_step, end_step),
+        accumulate=config.train.accumulate,
+        share=(rank, world_size),
+    )
+    return _loader(TrainDataset(readers, stores=stores), sampler, config.train.workers, pin=config.device != "cpu")
+
+
+def eval_loader(
+    annotations: Annotations,
+    source: DataConfig,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchLoader:
+    """Every image once, in groups of `batch_size` of similar shape; this process gets every `world_size`-th group.
+
+    The groups, and so the padding and every bit of the result, do not depend on the number of processes. With
+    `on_bad_image: skip` a black image stands in for one that cannot be decoded.
+    """
+    height, width = annotations.sizes.T
+    order = np.lexsort((np.arange(len(annotations)), width, height, width >= height)).tolist()
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world_size]
+    return _loader(EvalDataset(Reader(annotations, source, train=False), "eval"), groups, workers, pin=True)
+
+
+def _loader(dataset: Dataset, batches: Any, workers: int, *, pin: bool) -> BatchLoader:
+    cv2.setNumThreads(0)  # parallel are the workers; threads of OpenCV's would compete with PyTorch's
+    if workers:
+        _end_workers_at_exit()
+    with warnings.catch_warnings():  # of more workers than cores: setup.advice says it, once
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        return BatchLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=_as_is,
+            num_workers=workers,
+            worker_init_fn=_start_worker,
+            multiprocessing_context="fork" if workers else None,  # shares the annotations' pages
+            pin_memory=pin and torch.cuda.is_available(),
+            generator=torch.Generator(),  # else starting workers would draw from the global stream
+        )
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Once a process: kill the workers of loaders that are still referred to when it exits."""
+
+    def kill() -> None:
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+
+    atexit.register(kill)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """Workers leave signals to the main process, which saves first, and keep to one thread each.
+
+    A process that exits asks its children to end by the very signal they ignore, and waits: see `_end_workers_at_exit`.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)  # where the main process is killed
+    torch.set_num_threads(1)

@@ -1,0 +1,120 @@
+"""Who the other processes of a run are, and which of them is to blame when a collective fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+import traceback
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from detbb.core.errors import PeerLost, tell_torchrun
+
+MEET_S = 60.0  # at least, for all to start: what they import may come from a cold disk
+WAIT_S = 5.0  # at most, for the others to notice a failure as well
+_SIGNS = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|tim(ed|e) ?out", re.IGNORECASE)
+_TIMED_OUT = re.compile(r"tim(ed|e) ?out", re.IGNORECASE)
+_COLLECTIVES = re.compile(r"/torch/(distributed/|nn/parallel/distributed\.py|autograd/graph\.py)")  # the last: DDP's
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because of another process: by where it was raised, too, as others time out as well.
+
+    A CUDA error is this process's own, wherever it surfaces.
+    """
+    if isinstance(error, dist.DistError) or not isinstance(error, RuntimeError):
+        return isinstance(error, dist.DistError)
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = bool(frames) and _COLLECTIVES.search(frames[-1]) and not isinstance(error, torch.AcceleratorError)
+    return bool(inside and _SIGNS.search(str(error)))
+
+
+class Peers:
+    """The processes of one start of a run, as they entered themselves into a store.
+
+    Whoever finds a collective broken enters that too; who does not is the one that is lost. Raises: PeerLost: one did
+    not start in time.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, *, timeout_s: float) -> None:
+        """`store`: torchrun's."""
+        self._rank, self._ranks, self._timeout_s = rank, range(world_size), timeout_s
+        self.store = self._meet(store, max(timeout_s, MEET_S))
+
+    def _meet(self, shared: dist.Store, patience_s: float) -> dist.Store:
+        """The store of this start alone.
+
+        torchrun's store outlives a restart, with the addresses of processes that are gone. So each process takes a new
+        name, and rank 0 answers every name that it finds with its own.
+        """
+        began, name, failed = time.monotonic(), uuid.uuid4().hex, f"within {patience_s:g} s; see its own error"
+        own = {"host": _host(), "pid": os.getpid(), "error_file": os.environ.get("TORCHELASTIC_ERROR_FILE")}
+        try:
+            if self._rank != 0:
+                shared.set(f"detbb/here/{self._rank}", name)
+                shared.wait([f"detbb/start/{name}"], timedelta(seconds=patience_s))
+                name = shared.get(f"detbb/start/{name}").decode()
+            store = dist.PrefixStore(f"detbb/{name}", shared)
+            store.set(str(self._rank), json.dumps(own))
+            while self._rank == 0 and (absent := [r for r in self._ranks if not store.check([str(r)])]):
+                if time.monotonic() - began > patience_s:
+                    raise PeerLost(f"rank {', '.join(map(str, absent))} did not start {failed}")
+                for r in absent:
+                    if shared.check([f"detbb/here/{r}"]):
+                        shared.set(f"detbb/start/{shared.get(f'detbb/here/{r}').decode()}", name)
+                time.sleep(0.02)
+            store.wait([str(r) for r in self._ranks], timedelta(seconds=patience_s))
+        except dist.DistError as error:
+            raise PeerLost(f"another rank did not start {failed}") from error
+        return store
+
+    def explain(self, error: Exception) -> PeerLost:
+        """What to raise in place of a collective's own error. Ends processes of this host that gave no answer in time.
+
+        A stopped process ignores everything but SIGKILL, and torchrun would send that only 30 s later.
+        """
+        try:
+            entries = {r: json.loads(self.store.get(str(r))) for r in self._lost()}
+        except RuntimeError:  # the store went with its host
+            entries = {}
+        if not entries:
+            return PeerLost(f"the connection to the other processes is lost ({str(error).splitlines()[0]})")
+        who = ", ".join(f"rank {r} (pid {e['pid']} on {e['host'].split()[0]})" for r, e in entries.items())
+        if not _TIMED_OUT.search(str(error)):
+            return PeerLost(f"{who} ended before its time; see its own error")
+        text = f"{who} gave no answer within train.timeout_s ({self._timeout_s:g} s)"
+        self._end([e for e in entries.values() if e["host"] == _host()], text)
+        return PeerLost(text)
+
+    def _lost(self) -> list[int]:
+        """The ranks that do not say within a while that they are waiting too."""
+        self.store.set(f"waiting/{self._rank}", "")
+        began = time.monotonic()
+        while True:
+            time.sleep(0.1)
+            lost = [r for r in self._ranks if not self.store.check([f"waiting/{r}"])]
+            if time.monotonic() - began > (1.0 if len(lost) < 2 else WAIT_S):
+                return lost
+
+    def _end(self, entries: Sequence[dict], text: str) -> None:
+        for number, delay_s in ((signal.SIGUSR2, 1.0), (signal.SIGKILL, 0.0)):  # SIGUSR2: see `distributed.processes`
+            for entry in entries:
+                tell_torchrun(entry["error_file"], text)
+                with suppress(OSError):
+                    os.kill(entry["pid"], number)
+            time.sleep(delay_s)
+
+
+def _host() -> str:
+    """Equal where a process id means the same process: containers may share a host's name, but not its processes."""
+    space = "/proc/self/ns/pid"
+    return f"{socket.gethostname()} {os.readlink(space) if os.path.exists(space) else ''}"

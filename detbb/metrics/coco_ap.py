@@ -1,0 +1,96 @@
+"""COCO's precision and recall, counted by hotcoco (or pycocotools, which it equals)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any, Literal
+
+import numpy as np
+
+from detbb.data.formats.coco_json import no_garbage_collection
+from detbb.structures.annotations import Annotations
+
+Kind = Literal["bbox", "segm", "keypoints"]
+
+OTHER_SIGMA = 0.05
+"""Every keypoint's OKS sigma when there are not COCO's 17 (whose own go from 0.025 to 0.107)."""
+
+
+def coco_ground_truth(annotations: Annotations, kind: Kind = "bbox") -> dict[str, Any]:
+    """The split as a COCO dict, for the engines.
+
+    `segm`: an object without a mask is a region to ignore, neither missed nor a place for false positives.
+    """
+    objects: list[dict[str, Any]] = []
+    owners = np.repeat(annotations.image_ids, np.diff(annotations.first)).tolist()
+    columns = (annotations.boxes_xywh, annotations.labels, annotations.crowd, annotations.areas, annotations.object_ids)
+    for row, (box, label, crowd, area, number) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        category = int(annotations.category_ids[label])
+        item = {"id": number, "image_id": owners[row], "category_id": category, "bbox": box, "area": area}
+        item["iscrowd"] = int(crowd)
+        if kind == "segm" and annotations.segments is not None:
+            x, y, w, h = box
+            segmentation = annotations.segments.coco(row)
+            item["segmentation"] = segmentation or [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            item["iscrowd"] = int(crowd or not segmentation)
+        if kind == "keypoints" and annotations.keypoints is not None:
+            item["keypoints"] = annotations.keypoints[row].astype(np.float64).ravel().tolist()
+            item["num_keypoints"] = int((annotations.keypoints[row, :, 2] > 0).sum())
+        objects.append(item)
+    images = [
+        {"id": number, "height": height, "width": width, "file_name": name}
+        for number, (height, width), name in zip(
+            annotations.image_ids.tolist(), annotations.sizes.tolist(), annotations.file_names, strict=True
+        )
+    ]
+    categories = [
+        {"id": number, "name": name}
+        for number, name in zip(annotations.category_ids.tolist(), annotations.classes, strict=True)
+    ]
+    return {"info": {}, "images": images, "annotations": objects, "categories": categories}
+
+
+def _box_columns(results: list[dict[str, Any]]) -> np.ndarray | None:
+    """(N, 7) image id, x, y, w, h, score, category id; None for ids that a float64 rounds."""
+    images, categories = ([entry[key] for entry in results] for key in ("image_id", "category_id"))
+    if not results or max(max(images), max(categories)) > 2**53:
+        return None
+    columns = np.empty((len(results), 7))
+    columns[:, 0], columns[:, 6] = images, categories
+    columns[:, 1:5] = [entry["bbox"] for entry in results]
+    columns[:, 5] = [entry["score"] for entry in results]
+    return columns
+
+
+@no_garbage_collection()
+def coco_evaluation(truth: dict[str, Any], results: list[dict[str, Any]], kind: Kind, engine: str) -> dict[str, Any]:
+    """`precision` (IoU thresholds, 101 recalls, C by ascending id, areas, limits) and `recall` (IoU, C, areas, limits).
+
+    -1 where there is no ground truth. Without any results it is hotcoco whatever the engine: pycocotools fails on none.
+    """
+    if kind != "bbox":  # without its bbox, a detection's area is that of its mask or its keypoints' extent: COCO's way
+        keys = {"image_id", "category_id", "score", {"segm": "segmentation"}.get(kind, kind)}
+        results = [{key: value for key, value in entry.items() if key in keys} for entry in results]
+    points = next((len(o["keypoints"]) // 3 for o in truth["annotations"] if "keypoints" in o), 17)
+    evaluation: Any
+    with contextlib.redirect_stdout(io.StringIO()):
+        if engine == "hotcoco" or not results:
+            import hotcoco
+
+            ground = hotcoco.COCO(truth)
+            columns = _box_columns(results) if kind == "bbox" else None
+            evaluation = hotcoco.COCOeval(ground, ground.load_res(results if columns is None else columns), kind)
+        else:
+            from pycocotools.coco import COCO
+            from pycocotools.cocoeval import COCOeval
+
+            ground = COCO()
+            ground.dataset = truth
+            ground.createIndex()
+            evaluation = COCOeval(ground, ground.loadRes(results), kind)
+        if kind == "keypoints" and points != 17:
+            evaluation.params.kpt_oks_sigmas = np.full(points, OTHER_SIGMA)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return {name: np.asarray(evaluation.eval[name]) for name in ("precision", "recall")}

@@ -1,0 +1,116 @@
+"""Parameter groups and update rule; the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from detbb.config.schema import OptimizerConfig, ScheduleConfig
+from detbb.core.errors import UserError
+from detbb.modeling.backbones.resnet import STEM
+from detbb.modeling.norm import is_norm
+
+if TYPE_CHECKING:
+    from detbb.detector import Detector
+
+
+def lr_factor(step: int, schedule: ScheduleConfig, total_steps: int) -> float:
+    """What the learning rate is multiplied by in step number `step` (from 0).
+
+    Warm-up rises linearly from 1/1000 to 1 over `warmup_steps` and multiplies the rest.
+    """
+    warm = 1.0
+    if step < schedule.warmup_steps:
+        warm = 1e-3 + (1 - 1e-3) * step / schedule.warmup_steps
+    if schedule.type == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+    if schedule.type == "multistep":
+        return warm * schedule.gamma ** bisect.bisect_right(schedule.milestones, step)
+    return warm
+
+
+def lr_multiplier(name: str, lr_mult: Mapping[str, float]) -> float:
+    """The factor of the longest submodule name in `lr_mult` that holds parameter `name`."""
+    spelled = [name]
+    if name.startswith(tuple(f"backbone.{module}." for module in STEM)):
+        spelled.append(name.replace("backbone.", "backbone.stem.", 1))
+    matches = [key for key in lr_mult if any(s == key or s.startswith(key + ".") for s in spelled)]
+    return lr_mult[max(matches, key=len)] if matches else 1.0
+
+
+def decay_by_name(detector: nn.Module, config: OptimizerConfig) -> dict[str, float]:
+    """Weight decay of every parameter: norms, biases and single numbers take `norm_weight_decay`, by module type."""
+    decays: dict[str, float] = {}
+    for prefix, module in detector.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            plain = is_norm(module) or name == "bias" or parameter.ndim < 2
+            decays[f"{prefix}.{name}"] = config.norm_weight_decay if plain else config.weight_decay
+    return decays
+
+
+def build_optimizer(detector: Detector, config: OptimizerConfig, *, fused: bool = True) -> torch.optim.Optimizer:
+    """An optimizer over the trained parameters alone; groups carry `names`, `lr_mult` and `weight_decay`."""
+    decays = decay_by_name(detector, config)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            key = (lr_multiplier(name, config.lr_mult), decays[name])
+            group = groups.setdefault(key, {"params": [], "names": [], "lr_mult": key[0], "weight_decay": key[1]})
+            group["params"].append(parameter)
+            group["names"].append(name)
+    if config.type == "sgd":
+        sgd = torch.optim.SGD(list(groups.values()), lr=config.lr, momentum=config.momentum, fused=fused)
+        if config.momentum:
+            # The first step makes the buffer equal the gradient, as from zeros; the fused kernel wants all or none.
+            sgd.state.update(
+                {p: {"momentum_buffer": torch.zeros_like(p)} for g in sgd.param_groups for p in g["params"]}
+            )
+        return sgd
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=betas, fused=fused)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_mult"]
+
+
+def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Each parameter's optimizer state (momentum, moments, step count) by parameter name."""
+    return {
+        name: dict(optimizer.state[parameter])
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        if parameter in optimizer.state
+    }
+
+
+def load_state_by_name(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give parameters the state saved under their name; the others start without one."""
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            if name in state:
+                optimizer.state[parameter] = {k: _placed(v, parameter) for k, v in state[name].items()}
+
+
+def check_state(detector: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError if a saved state does not fit its parameter."""
+    for name, parameter in detector.named_parameters():
+        for value in state.get(name, {}).values():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                shapes = f"{tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
+                raise UserError(f"checkpoint: the optimizer state of {name} has shape {shapes}")
+
+
+def _placed(value: Any, parameter: Tensor) -> Any:
+    """Moments follow their parameter's device and layout; step counts of fused optimizers its device."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    return value.to(parameter.device, copy=True)

@@ -1,0 +1,701 @@
+"""Faults to plant into data sets and files, each with its documented outcome; the tables of docs/reliability.md.
+
+`python tests/planted.py` writes the tables.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import pickle
+import shutil
+import unicodedata
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+
+from detbb.config.schema import DataConfig, SplitConfig
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
+NAN, INF = float("nan"), float("inf")
+
+
+class DataSet:
+    """A sound COCO data set of three images for training and two for validation, to be broken."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.options: dict[str, Any] = {}
+        self.json = {"train": _coco([7, 12, 900], 1), "val": _coco([3, 4], 50)}
+        for split, content in self.json.items():
+            self.images(split).mkdir(parents=True)
+            for image in content["images"]:
+                self.draw(split, image["file_name"], seed=image["id"])
+
+    def images(self, split: str = "train") -> Path:
+        return self.folder / split
+
+    def file(self, split: str = "train", index: int = 0) -> Path:
+        return self.images(split) / self.json[split]["images"][index]["file_name"]
+
+    def draw(self, split: str, name: str, *, seed: int = 0, size: tuple[int, int] = (40, 30), **options: Any) -> Path:
+        """An image of noise with (width, height) `size`."""
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(self.images(split) / name, **options)
+        return self.images(split) / name
+
+    def set(self, path: str, value: Any) -> None:
+        """Put `value` at `train/annotations/0/bbox` or the like; without a value, take it away."""
+        *parents, last = [int(p) if p.isdigit() else p for p in path.split("/")]
+        at: Any = self.json
+        for part in parents:
+            at = at[part]
+        if value is ...:
+            del at[last]
+        else:
+            at[last] = value
+
+    def again(self, path: str, **changes: Any) -> None:
+        """Append a changed copy of the first entry of a list."""
+        at: Any = self.json
+        for part in path.split("/"):
+            at = at[part]
+        at.append({**at[0], **changes})
+
+    def source(self) -> DataConfig:
+        """The configuration of the data as it is now, written to disk."""
+        splits = {}
+        for split, content in self.json.items():
+            path = self.folder / f"{split}.json"
+            if content is not None:
+                path.write_text(content if isinstance(content, str) else json.dumps(content))
+            splits[split] = SplitConfig(images=str(self.images(split)), annotations=str(path))
+        return DataConfig(**{"image_size": [32, 64], **splits, **self.options})
+
+
+def _coco(image_ids: list[int], first: int) -> dict[str, Any]:
+    images = [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in image_ids]
+    objects = [
+        {
+            "id": first + 2 * k + n,
+            "image_id": i,
+            "category_id": 1 + n,
+            "bbox": [2 + n, 3, 12, 14],
+            "area": 168,
+            "iscrowd": 0,
+            "segmentation": [[2 + n, 3, 14 + n, 3, 14 + n, 17]],
+            "keypoints": [4, 5, 2, 6, 7, 1],
+        }
+        for k, i in enumerate(image_ids)
+        for n in (0, 1)
+    ]
+    categories = [{"id": i, "name": n, "keypoints": ["left", "right"]} for i, n in ((1, "car"), (2, "zebra"))]
+    return {"images": images, "annotations": objects, "categories": categories}
+
+
+def voc(d: DataSet, xml: str | None = "", names: str = "7 12 900") -> None:
+    """The training split as VOC; `xml` is the object of image 7."""
+    (d.folder / "Annotations").mkdir()
+    box = "<bndbox><xmin>3</xmin><ymin>4</ymin><xmax>14</xmax><ymax>17</ymax></bndbox>"
+    for name in (7, 12, 900):
+        content = f"<annotation><object><name>car</name>{box}</object>{xml if name == 7 else ''}</annotation>"
+        if name != 7 or xml is not None:
+            (d.folder / "Annotations" / f"{name}.xml").write_text(content)
+    (d.folder / "train.txt").write_text("\n".join(names.split()))
+    d.options |= {
+        "format": "voc",
+        "train": SplitConfig(images=str(d.images()), annotations=str(d.folder / "train.txt")),
+    }
+    d.options["val"] = None
+
+
+def yolo(d: DataSet, line: str) -> None:
+    """The training split as YOLO; `line` is the label of image 7."""
+    (d.folder / "labels").mkdir()
+    for name in (7, 12, 900):
+        (d.folder / "labels" / f"{name}.txt").write_text(line if name == 7 else "0 0.5 0.5 0.2 0.2")
+    train = SplitConfig(images=str(d.images()), annotations=str(d.folder / "labels"))
+    d.options |= {"format": "yolo", "classes": ["car", "zebra"], "train": train, "val": None}
+
+
+def semantic(d: DataSet, value: int = 1, size: tuple[int, int] = (40, 30), mode: str = "L") -> None:
+    """The training split with masks; that of image 7 is full of `value`."""
+    (d.folder / "masks").mkdir()
+    for name in (7, 12, 900):
+        width, height = size if name == 7 else (40, 30)
+        mask = Image.fromarray(np.full((height, width), value if name == 7 else 1, np.uint8))
+        mask.convert(mode if name == 7 else "L").save(d.folder / "masks" / f"{name}.png")
+    train = SplitConfig(images=str(d.images()), annotations=str(d.folder / "masks"))
+    d.options |= {"format": "semantic", "classes": ["sky", "ground"], "train": train, "val": None}
+
+
+@dataclass(frozen=True)
+class DataFault:
+    """`refused`, `repaired` and `noted` are the doctor's words, `accepted` means that there is nothing to say.
+
+    `refused when read` and `left out when read`: only decoding tells.
+    """
+
+    title: str
+    outcome: str
+    says: str  # a pattern of what the doctor or the error says
+    plant: Callable[[DataSet], Any]
+    fixed: bool = True  # whether `--fix` makes a copy that passes
+
+
+def _set(path: str, value: Any) -> Callable[[DataSet], None]:
+    return lambda d: d.set(path, value)
+
+
+def _box(*bbox: float) -> Callable[[DataSet], None]:
+    return _set("train/annotations/0/bbox", list(bbox))
+
+
+def _mask(value: Any) -> Callable[[DataSet], None]:
+    return _set("train/annotations/0/segmentation", value)
+
+
+def _name(value: str) -> Callable[[DataSet], None]:
+    return _set("train/images/0/file_name", value)
+
+
+def _bytes(content: bytes) -> Callable[[DataSet], None]:
+    return lambda d: d.file().write_bytes(content)
+
+
+def _replace(make: Callable[[Path], Any]) -> Callable[[DataSet], None]:
+    return lambda d: (d.file().unlink(), make(d.file()))
+
+
+def _rename_on_disk(d: DataSet) -> None:
+    d.set("train/images/0/file_name", unicodedata.normalize("NFC", "é.png"))
+    d.draw("train", unicodedata.normalize("NFD", "é.png"))
+
+
+def _link_outside(d: DataSet) -> None:
+    shutil.move(d.file(), d.folder / "secret.png")
+    d.file().symlink_to(d.folder / "secret.png")
+
+
+def _cut_jpeg(d: DataSet) -> None:
+    d.set("train/images/0/file_name", "7.jpg")
+    whole = d.draw("train", "7.jpg").read_bytes()
+    d.file().write_bytes(whole[: len(whole) * 2 // 3])
+
+
+def _rotated(d: DataSet) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    d.set("train/images/0/file_name", "7.jpg")
+    d.draw("train", "7.jpg", exif=exif)
+
+
+def _leak(d: DataSet) -> None:
+    shutil.copy(d.file("train"), d.file("val"))
+
+
+def _skipping(plant: Callable[[DataSet], Any]) -> Callable[[DataSet], None]:
+    return lambda d: (d.options.update(on_bad_image="skip"), plant(d))
+
+
+UNREAD = "cannot be read"
+DATA_FAULTS = [
+    DataFault("COCO file missing", "refused", UNREAD, lambda d: d.json.update(train=None), False),
+    DataFault("COCO file empty", "refused", "not a COCO file", lambda d: d.json.update(train=""), False),
+    DataFault(
+        "COCO file cut in half", "refused", "not a COCO file", lambda d: d.json.update(train='{"images": [{'), False
+    ),
+    DataFault("COCO file holds a list", "refused", "not a COCO file", lambda d: d.json.update(train="[]"), False),
+    DataFault(
+        "COCO file nested 50,000 deep", "refused", "not a COCO file", lambda d: d.json.update(train="[" * 50_000), False
+    ),
+    DataFault("no `categories`", "refused", "categories", _set("train/categories", ...), False),
+    DataFault("no `images`", "refused", "images", _set("train/images", ...), False),
+    DataFault("id that is text", "refused", r"annotations\[0\]", _set("train/annotations/0/id", "x"), False),
+    DataFault("box of three numbers", "refused", "bbox", _box(1, 2, 3), False),
+    DataFault("box with NaN", "refused", "not finite.*1", _box(NAN, 0, 3, 3)),
+    DataFault("box with infinity", "refused", "not finite.*1", _box(0, 0, INF, 3)),
+    DataFault("box of negative width", "refused", "negative.*1", _box(9, 9, -3, 3)),
+    DataFault("box of no width", "repaired", "no area.*1", _box(1, 1, 0, 3)),
+    DataFault("box of no height", "repaired", "no area.*1", _box(1, 1, 3, 0)),
+    DataFault("box outside its image", "repaired", "outside.*1", _box(60, 1, 3, 3)),
+    DataFault(
+        "object without a box among others", "refused", "without a bbox.*1", _set("train/annotations/0/bbox", ...)
+    ),
+    DataFault("annotation id 0", "repaired", "renumbered.*0", _set("train/annotations/0/id", 0)),
+    DataFault("annotation id used twice", "repaired", "renumbered.*2", _set("train/annotations/0/id", 2)),
+    DataFault("annotation id missing", "repaired", "renumbered", _set("train/annotations/0/id", ...)),
+    DataFault("`area` missing", "repaired", "missing area.*1", _set("train/annotations/0/area", ...)),
+    DataFault("`area` negative", "repaired", "missing area.*1", _set("train/annotations/0/area", -5)),
+    DataFault("`iscrowd` missing", "repaired", "missing iscrowd.*1", _set("train/annotations/0/iscrowd", ...)),
+    DataFault("crowd", "noted", "crowd.*1", _set("train/annotations/0/iscrowd", 1)),
+    DataFault("annotation of an unknown image", "refused", "unknown image.*1", _set("train/annotations/0/image_id", 8)),
+    DataFault(
+        "annotation of an unknown category",
+        "refused",
+        "unknown category.*1",
+        _set("train/annotations/0/category_id", 9),
+    ),
+    DataFault(
+        "image id used twice", "refused", "image id used twice.*7", lambda d: d.again("train/images", file_name="x.png")
+    ),
+    DataFault("one file named by two images", "refused", "several images.*8", lambda d: d.again("train/images", id=8)),
+    DataFault(
+        "category id used twice",
+        "refused",
+        "category id used twice.*1",
+        lambda d: d.again("train/categories", name="x"),
+    ),
+    DataFault(
+        "class name used twice", "refused", "class name used twice.*car", lambda d: d.again("train/categories", id=3)
+    ),
+    DataFault(
+        "category ids with gaps",
+        "noted",
+        "gaps.*90",
+        lambda d: d.again("train/categories", id=90, name="x") or d.again("val/categories", id=90, name="x"),
+    ),
+    DataFault(
+        "val lacks a class of train",
+        "refused",
+        "lacks: zebra",
+        lambda d: (
+            d.json["val"]["categories"].pop(),
+            d.json["val"].update(annotations=[a for a in d.json["val"]["annotations"] if a["category_id"] == 1]),
+        ),
+    ),
+    DataFault(
+        "val has a class that train lacks",
+        "refused",
+        "training split lacks: lion",
+        lambda d: d.again("val/categories", id=9, name="lion"),
+    ),
+    DataFault("polygon with an odd number of coordinates", "refused", "odd.*1", _mask([[1, 1, 2, 2, 3, 3, 4]])),
+    DataFault("polygon with NaN", "refused", "polygon that is.*1", _mask([[1, 1, 2, NAN, 3, 3]])),
+    DataFault("polygon a thousand million pixels away", "refused", "far outside.*1", _mask([[1, 1, 1e9, 2, 3, 3]])),
+    DataFault("run lengths of another image size", "refused", "run lengths.*1", _mask({"size": [9, 9], "counts": "0"})),
+    DataFault("run lengths that end early", "refused", "run lengths.*1", _mask({"size": [30, 40], "counts": [5, 6]})),
+    DataFault("run lengths that are no code", "refused", "run lengths.*1", _mask({"size": [30, 40], "counts": "oo~~"})),
+    DataFault(
+        "keypoints one number short", "refused", "keypoints.*1", _set("train/annotations/0/keypoints", [1, 2, 2, 3, 4])
+    ),
+    DataFault(
+        "keypoints with NaN", "refused", "keypoints.*1", _set("train/annotations/0/keypoints", [1, 2, 2, NAN, 4, 2])
+    ),
+    DataFault("width missing", "repaired", "missing width.*7", _set("train/images/0/width", ...)),
+    DataFault("width negative", "refused", "no pixel count.*7", _set("train/images/0/width", -40)),
+    DataFault("height not whole", "refused", "no pixel count.*7", _set("train/images/0/height", 29.5)),
+    DataFault(
+        "size that is not the file's",
+        "refused",
+        r"whose size is not.*file 40 x 30, annotations 41 x 30",
+        _set("train/images/0/width", 41),
+    ),
+    DataFault("size as before the EXIF rotation", "refused", "file 30 x 40, annotations 40 x 30", _rotated),
+    DataFault("file name `/etc/hostname`", "refused", "leaves the image folder.*7", _name("/etc/hostname")),
+    DataFault("file name `../val/3.png`", "refused", "leaves the image folder.*7", _name("../val/3.png")),
+    DataFault("file name with a NUL", "refused", "leaves the image folder.*7", _name("7\0.png")),
+    DataFault("symbolic link out of the image folder", "refused", "leaves the image folder", _link_outside),
+    DataFault(
+        "file name beyond ASCII",
+        "noted",
+        "beyond ASCII.*細胞",
+        lambda d: (d.draw("train", "細胞.png"), d.set("train/images/0/file_name", "細胞.png")),
+    ),
+    DataFault("file name in another Unicode normal form than on disk", "refused", "normal form", _rename_on_disk),
+    DataFault("image file missing", "refused", "not there.*7.png", lambda d: d.file().unlink()),
+    DataFault(
+        "image file missing, `on_bad_image: skip`",
+        "repaired",
+        "not there .replaced.*7.png",
+        _skipping(lambda d: d.file().unlink()),
+    ),
+    DataFault("image file empty", "refused", "7.png .is empty", _bytes(b"")),
+    DataFault("image file holds text", "refused", "7.png .is not an image", _bytes(b"<html>404 Not Found</html>")),
+    DataFault("image file is a folder", "refused", "7.png .is a folder", _replace(Path.mkdir)),
+    DataFault("image file is a FIFO", "refused", "not a regular file", _replace(os.mkfifo)),
+    DataFault(
+        "image of more than `max_pixels`",
+        "refused",
+        "more than max_pixels",
+        lambda d: (d.draw("train", "7.png", size=(50, 30)), d.options.update(max_pixels=1200)),
+    ),
+    DataFault(
+        "image file missing that should have 40,000 million pixels, `on_bad_image: skip`",
+        "refused",
+        "annotated size of more than max_pixels.*7.png",
+        _skipping(lambda d: (d.file().unlink(), [d.set(f"train/images/0/{s}", 200_000) for s in ("height", "width")])),
+    ),
+    DataFault(
+        "PNG named .jpg",
+        "accepted",
+        "",
+        lambda d: (d.file().rename(d.images() / "7.jpg"), d.set("train/images/0/file_name", "7.jpg")),
+    ),
+    DataFault("JPEG cut inside its pixels", "refused when read", r"7\.jpg: .*(?i:truncated)", _cut_jpeg),
+    DataFault(
+        "JPEG cut inside its pixels, `on_bad_image: skip`",
+        "left out when read",
+        r"7\.jpg: .*(?i:truncated)",
+        _skipping(_cut_jpeg),
+    ),
+    DataFault("an image of train in val under another name", "refused", "in train, too.*3.png = 7.png", _leak),
+    DataFault(
+        "an image of train in val, `allow_leak: true`",
+        "repaired",
+        "allow_leak",
+        lambda d: (_leak(d), d.options.update(allow_leak=True)),
+    ),
+    DataFault(
+        "training set without images",
+        "refused",
+        "no image",
+        lambda d: d.json["train"].update(images=[], annotations=[]),
+        False,
+    ),
+    DataFault("training set without objects", "refused", "no object", _set("train/annotations", []), False),
+    DataFault(
+        "validation set without images",
+        "refused",
+        "no image",
+        lambda d: d.json["val"].update(images=[], annotations=[]),
+        False,
+    ),
+    DataFault("validation set without objects", "noted", "no object", _set("val/annotations", [])),
+    DataFault(
+        "VOC: listed image without a file", "refused", "without an image file.*13", lambda d: voc(d, names="7 12 13")
+    ),
+    DataFault("VOC: image listed twice", "refused", "listed twice.*12", lambda d: voc(d, names="7 12 12")),
+    DataFault("VOC: no XML file", "refused", r"annotation file.*7\.xml", lambda d: voc(d, None)),
+    DataFault("VOC: XML with entities", "refused", r"7\.xml.*entities", lambda d: voc(d, "<!ENTITY a 'b'>")),
+    DataFault(
+        "VOC: object without a box",
+        "refused",
+        r"7\.xml .'lion'",
+        lambda d: voc(d, "<object><name>lion</name></object>"),
+    ),
+    DataFault("YOLO: class that is not named", "refused", "line 1.*class 7", lambda d: yolo(d, "7 0.5 0.5 0.2 0.2")),
+    DataFault(
+        "YOLO: line of four numbers", "refused", "is not `class x y w h`.*line 1", lambda d: yolo(d, "0 0.5 0.5 0.2")
+    ),
+    DataFault("YOLO: box with NaN", "refused", "not finite", lambda d: yolo(d, "0 nan 0.5 0.2 0.2")),
+    DataFault(
+        "semantic: image without a mask",
+        "refused",
+        "without a mask.*7",
+        lambda d: (semantic(d), (d.folder / "masks" / "7.png").unlink()),
+    ),
+    DataFault(
+        "semantic: mask of another size",
+        "refused",
+        "7.png .its mask is 20 x 30, its image 40 x 30",
+        lambda d: semantic(d, size=(20, 30)),
+    ),
+    DataFault(
+        "semantic: mask value of no class",
+        "refused",
+        r"no class has: \[77\]",
+        lambda d: semantic(d, value=77),
+    ),
+    DataFault("semantic: mask in RGB", "refused", "mode RGB", lambda d: semantic(d, mode="RGB")),
+    DataFault(
+        "semantic: mask in RGB, `on_bad_image: skip`",
+        "repaired",
+        "replaced.*7.png .its mask has mode RGB",
+        _skipping(lambda d: semantic(d, mode="RGB")),
+    ),
+]
+
+
+class Evil:
+    """Unpickling it runs a command that makes `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+class Claim:
+    """Unpickles as a tensor of `size` on a storage of four numbers."""
+
+    def __init__(self, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
+        self.arguments = (torch.zeros(4).storage(), 0, size, stride, False, OrderedDict())
+
+    def __reduce__(self) -> Any:
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+@dataclass
+class Files:
+    """Where to make a broken file, and the sound content to start from."""
+
+    folder: Path
+    content: dict[str, Any]  # of a checkpoint
+    weights: dict[str, torch.Tensor]  # of a backbone
+
+    @property
+    def sentinel(self) -> Path:
+        """Exists if code of a file ran."""
+        return self.folder / "executed"
+
+    def bytes(self, data: bytes, name: str = "x.pt") -> Path:
+        (self.folder / name).write_bytes(data)
+        return self.folder / name
+
+    def save(self, value: Any, name: str = "x.pt", **options: Any) -> Path:
+        torch.save(value, self.folder / name, **options)
+        return self.folder / name
+
+    def whole(self) -> bytes:
+        return self.save(self.content).read_bytes()
+
+    def pickle(self, value: Any, name: str = "x.pt") -> Path:
+        return self.bytes(pickle.dumps(value), name)
+
+    def with_(self, path: str, value: Any) -> Path:
+        """The checkpoint with another value at `ema/updates` or the like."""
+        content = copy.deepcopy(self.content)
+        *parents, last = path.split("/")
+        at = content
+        for part in parents:
+            at = at[part]
+        at[last] = value
+        return self.save(content)
+
+    def rezipped(self, compression: int = zipfile.ZIP_STORED, twice: bool = False) -> Path:
+        whole = self.whole()
+        with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(self.folder / "x.pt", "w", compression) as new:
+            for entry in old.infolist():
+                new.writestr(entry.filename, old.read(entry))
+            if twice:
+                new.writestr(old.infolist()[0].filename, old.read(old.infolist()[0]))
+        return self.folder / "x.pt"
+
+    def bomb(self) -> Path:
+        """A quarter of a megabyte that unpacks to 256."""
+        path = self.folder / "x.pt"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("x/data.pkl", pickle.dumps({}))
+            with archive.open("x/data/0", "w", force_zip64=True) as record:
+                for _ in range(4):
+                    record.write(bytes(2**26))
+        return path
+
+
+def _flipped(f: Files, at: float) -> Path:
+    data = bytearray(f.whole())
+    data[int(len(data) * at)] ^= 1
+    return f.bytes(bytes(data))
+
+
+def _first_model_tensor(f: Files) -> str:
+    return next(name for name, t in f.content["model"].items() if t.dim() > 1)
+
+
+def _on_meta(f: Files) -> Path:
+    return f.with_(f"model/{(name := _first_model_tensor(f))}", f.content["model"][name].to("meta"))
+
+
+def _without_type(f: Files) -> Path:
+    return f.with_("config/heads", {name: {} for name in f.content["classes"]})
+
+
+def _huge_header(f: Files) -> Path:
+    return f.bytes((2**40).to_bytes(8, "little") + b"{}", "x.safetensors")
+
+
+def _cut_safetensors(f: Files) -> Path:
+    data = safetensors.torch.save(f.weights)
+    return f.bytes(data[: len(data) // 2], "x.safetensors")
+
+
+@dataclass(frozen=True)
+class FileFault:
+    """A file that is refused as `checkpoint` or `weights`."""
+
+    title: str
+    kind: str
+    says: str
+    make: Callable[[Files], Path]
+
+
+CODE = "holds objects other than tensors"
+FILE_FAULTS = [
+    FileFault("file missing", "checkpoint", "no such file", lambda f: f.folder / "none.pt"),
+    FileFault("a folder", "checkpoint", "not a regular file", lambda f: f.folder),
+    FileFault(
+        "a FIFO", "checkpoint", "not a regular file", lambda f: (os.mkfifo(f.folder / "p.pt"), f.folder / "p.pt")[1]
+    ),
+    FileFault("empty file", "checkpoint", UNREAD, lambda f: f.bytes(b"")),
+    FileFault("a web page", "checkpoint", CODE, lambda f: f.bytes(b"<html>404</html>")),
+    FileFault(
+        "a pointer of Git LFS", "checkpoint", CODE, lambda f: f.bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    ),
+    FileFault("cut after 10 %", "checkpoint", "not a whole", lambda f: f.bytes(f.whole()[: len(f.whole()) // 10])),
+    FileFault("cut in half", "checkpoint", "not a whole", lambda f: f.bytes(f.whole()[: len(f.whole()) // 2])),
+    FileFault("last byte missing", "checkpoint", "not a whole", lambda f: f.bytes(f.whole()[:-1])),
+    FileFault("one bit flipped in the structure", "checkpoint", "checksum|not a whole", lambda f: _flipped(f, 0.001)),
+    FileFault("one bit flipped in a tensor", "checkpoint", "checksum", lambda f: _flipped(f, 0.5)),
+    FileFault(
+        "a quarter zeroed",
+        "checkpoint",
+        "checksum|not a whole",
+        lambda f: f.bytes((w := f.whole())[: (n := len(w) // 4)] + bytes(n) + w[2 * n :]),
+    ),
+    FileFault("records compressed", "checkpoint", "compressed", lambda f: f.rezipped(zipfile.ZIP_DEFLATED)),
+    FileFault("a zip bomb of 256 MB", "checkpoint", "compressed", Files.bomb),
+    FileFault("two records of one name", "checkpoint", "two records", lambda f: f.rezipped(twice=True)),
+    FileFault(
+        "bytes before the archive",
+        "checkpoint",
+        "before its first record",
+        lambda f: f.bytes(pickle.dumps(Evil(f.sentinel)) + f.whole()),
+    ),
+    FileFault(
+        "a zip of something else",
+        "checkpoint",
+        UNREAD,
+        lambda f: (zipfile.ZipFile(f.folder / "x.pt", "w").writestr("a/b", "c"), f.folder / "x.pt")[1],
+    ),
+    FileFault("pickle that runs a command", "checkpoint", CODE, lambda f: f.pickle(Evil(f.sentinel))),
+    FileFault(
+        "PyTorch file that runs a command", "checkpoint", CODE, lambda f: f.with_("config/seed", Evil(f.sentinel))
+    ),
+    FileFault(
+        "PyTorch file of the old form that runs a command",
+        "checkpoint",
+        CODE,
+        lambda f: f.save(Evil(f.sentinel), _use_new_zipfile_serialization=False),
+    ),
+    FileFault("a pickled module", "checkpoint", CODE, lambda f: f.save(torch.nn.Linear(2, 2))),
+    FileFault("a NumPy scalar", "checkpoint", CODE, lambda f: f.with_("config/seed", np.float64(1))),
+    FileFault(
+        "tensor of 12 TB on 16 bytes",
+        "checkpoint",
+        "resize|allocate|fewer bytes",
+        lambda f: f.with_("model/x", Claim((3 * 10**12,), (1,))),
+    ),
+    FileFault(
+        "tensor of 4 TB that repeats one number",
+        "checkpoint",
+        "fewer bytes",
+        lambda f: f.with_("model/x", Claim((10**12,), (0,))),
+    ),
+    FileFault("tensor of negative size", "checkpoint", UNREAD, lambda f: f.with_("model/x", Claim((-1,), (1,)))),
+    FileFault("sparse tensor", "checkpoint", "fewer bytes", lambda f: f.with_("model/x", torch.eye(3).to_sparse())),
+    FileFault("tensor without values (meta)", "checkpoint", "fewer bytes", _on_meta),
+    FileFault("weights alone", "checkpoint", "not a detbb checkpoint", lambda f: f.save(f.weights)),
+    FileFault(
+        "a key missing",
+        "checkpoint",
+        "not a detbb checkpoint",
+        lambda f: f.save({k: v for k, v in f.content.items() if k != "rng"}),
+    ),
+    FileFault("a key too many", "checkpoint", "not a detbb checkpoint", lambda f: f.with_("extra", 1)),
+    FileFault("format of a later version", "checkpoint", "format 2", lambda f: f.with_("format_version", 2)),
+    FileFault("step as text", "checkpoint", "step is a str", lambda f: f.with_("step", "5")),
+    FileFault("step below 0", "checkpoint", "step is -1", lambda f: f.with_("step", -1)),
+    FileFault("a list among the tensors", "checkpoint", "model.x is a list", lambda f: f.with_("model/x", [1])),
+    FileFault(
+        "average without its tensor", "checkpoint", "ema.tensors.x", lambda f: f.with_("ema/tensors/x", torch.zeros(1))
+    ),
+    FileFault(
+        "average of another shape",
+        "checkpoint",
+        "ema.tensors",
+        lambda f: f.with_(f"ema/tensors/{_first_model_tensor(f)}", torch.zeros(1)),
+    ),
+    FileFault("classes as one text", "checkpoint", "classes.shapes", lambda f: f.with_("classes/shapes", "abc")),
+    FileFault("classes of no head", "checkpoint", "classes of no head do not fit", lambda f: f.with_("classes", {})),
+    FileFault("config with an unknown key", "checkpoint", "trian", lambda f: f.with_("config/trian", {})),
+    FileFault("config empty", "checkpoint", "config must have the keys heads", lambda f: f.with_("config", {})),
+    FileFault("config of heads without a type", "checkpoint", "must have the keys type", _without_type),
+    FileFault(
+        "tensor name without a part",
+        "checkpoint",
+        "model.weight belongs to none",
+        lambda f: f.with_("model/weight", torch.zeros(2)),
+    ),
+    FileFault(
+        "tensors of a head that is not there",
+        "checkpoint",
+        "model.heads.x.weight belongs to none",
+        lambda f: f.with_("model/heads.x.weight", torch.zeros(2)),
+    ),
+    FileFault(
+        "tensors of another network",
+        "checkpoint",
+        "do not fit its own config",
+        lambda f: f.with_("model/backbone.x.weight", torch.zeros(2)),
+    ),
+    FileFault("pickle that runs a command", "weights", CODE, lambda f: f.pickle(Evil(f.sentinel), "x.pkl")),
+    FileFault(
+        "pickle of NumPy arrays that runs a command",
+        "weights",
+        CODE,
+        lambda f: f.pickle({"a": np.ones(2), "b": Evil(f.sentinel)}, "x.pkl"),
+    ),
+    FileFault("PyTorch file that runs a command", "weights", CODE, lambda f: f.save({"a": Evil(f.sentinel)}, "x.pth")),
+    FileFault("safetensors cut in half", "weights", "not a whole safetensors file", _cut_safetensors),
+    FileFault("safetensors with a header of a terabyte", "weights", "not a whole safetensors file", _huge_header),
+    FileFault(
+        "pickle named .safetensors",
+        "weights",
+        "not a whole safetensors file",
+        lambda f: f.pickle(Evil(f.sentinel), "x.safetensors"),
+    ),
+    FileFault(
+        "NaN",
+        "weights",
+        "NaN or infinite",
+        lambda f: f.save({**f.weights, "conv1.weight": f.weights["conv1.weight"] * NAN}, "x.pth"),
+    ),
+    FileFault(
+        "tensors without values (meta)",
+        "weights",
+        "fewer bytes",
+        lambda f: f.save({k: v.to("meta") for k, v in f.weights.items()}, "x.pth"),
+    ),
+    FileFault("a list", "weights", "holds a list", lambda f: f.save([1, 2], "x.pth")),
+    FileFault("another network", "weights", "covers", lambda f: f.save({"encoder.weight": torch.zeros(3)}, "x.pth")),
+    FileFault(
+        "the first stage alone",
+        "weights",
+        "covers",
+        lambda f: f.save({k: v for k, v in f.weights.items() if k.startswith("layer1")}, "x.pth"),
+    ),
+]
+
+
+def tables() -> str:
+    """The tables of docs/reliability.md."""
+    data = ["| planted in the data | outcome |", "|---|---|"]
+    data += [f"| {fault.title} | {fault.outcome} |" for fault in DATA_FAULTS]
+    files = ["| read as | planted in the file; always refused, nothing executed |", "|---|---|"]
+    for kind in ("checkpoint", "weights"):
+        files.append(f"| {kind} | {'; '.join(fault.title for fault in FILE_FAULTS if fault.kind == kind)} |")
+    return "\n".join(
+        [f"{len(DATA_FAULTS)} faults of data:", "", *data, "", f"{len(FILE_FAULTS)} of files:", "", *files, ""]
+    )
+
+
+def document(text: str) -> str:
+    """`text` with its tables renewed."""
+    before, marker, _ = text.partition("<!-- the rest is made by tests/planted.py -->\n")
+    return f"{before}{marker}\n{tables()}"
+
+
+if __name__ == "__main__":
+    DOCS.write_text(document(DOCS.read_text()))
