@@ -33,7 +33,7 @@ format: $(installed)  ## format, and fix what the linter can
 
 docs: $(installed)  ## write docs/config.md from the fields, and the tables of docs/reliability.md
 	$(bin)/python -m detbb.config.docs
-	$(bin)/python tests/planted.py
+	$(bin)/python tests/support/planted.py
 
 fuzz: $(installed)  ## 5,000 inputs that nobody foresaw: configs, annotations, checkpoints, images
 	DETBB_FUZZ=1250 $(bin)/python -m pytest tests/test_fuzz.py $(ARGS)

@@ -29,8 +29,8 @@ def peak(way: str, head: str, options: Any) -> float:
     import torch
     import train_step
 
-    from detbb.feature_cache.cache import REST_AFTER, FeatureCache, Plan, Store
-    from detbb.structures.batch import Entry
+    from detbb.feature_cache.cache import RELEASE_AFTER, FeatureCache, Plan, Store
+    from detbb.structures.batch import CacheEntry
 
     def status(key: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -47,13 +47,13 @@ def peak(way: str, head: str, options: Any) -> float:
         del model
         if way == "detbb, cache":
             prefix = made.prefix
-            shapes = {n: (*level.shape[2:], level.shape[1]) for n, level in prefix(batch).given.levels.items()}
+            shapes = {n: (*level.shape[2:], level.shape[1]) for n, level in prefix(batch).precomputed.levels.items()}
             plan = Plan(options.batch, 1, (options.size, options.size), shapes, torch.float32)
             made.prefix = FeatureCache(prefix, {batch.source: Store(plan, None)})
-            batch.entries = tuple(Entry(slot, bytes(range(32)), stored=False) for slot in range(options.batch))
+            batch.entries = tuple(CacheEntry(slot, bytes(range(32)), stored=False) for slot in range(options.batch))
             made.prefix(batch)
             batch.images, batch.entries = batch.images[:0], tuple(e._replace(stored=True) for e in batch.entries)
-            for _ in range(REST_AFTER):
+            for _ in range(RELEASE_AFTER):
                 made.prefix(batch)
         step = train_step.step_of(made, batch)
     gc.collect()

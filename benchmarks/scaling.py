@@ -37,7 +37,7 @@ from detbb.distributed.processes import wrap
 from detbb.heads import find_head
 from detbb.structures.batch import Batch, ImageSize, Target
 from detbb.training import optim
-from detbb.training.step import Learner, train_step
+from detbb.training.step import TrainState, train_step
 
 CASES = {"nothing frozen": [], "backbone frozen": ["backbone"]}
 CLASSES = [f"class {i}" for i in range(80)]
@@ -57,20 +57,20 @@ def made_batch(size: int, images: slice) -> Batch:
     return Batch(torch.stack(pixels), targets, "made")
 
 
-def make_learner(arch: str, frozen: list[str], device: torch.device) -> Learner:
+def make_state(arch: str, frozen: list[str], device: torch.device) -> TrainState:
     config = Config()
     config.backbone.arch, config.backbone.norm = arch, "frozen_bn"
     config.heads = {"objects": find_head("fcos").Config(type="fcos", data="made")}
     torch.manual_seed(0)
     detector = build_detector(config, {"objects": CLASSES}).freeze(frozen).train().to(device)
-    learner = Learner(detector, None, config.train, device, torch.amp.GradScaler(device.type, enabled=False))
+    learner = TrainState(detector, None, config.train, device, torch.amp.GradScaler(device.type, enabled=False))
     learner.optimizer = optim.build_optimizer(detector, config.optimizer)
     learner.model = wrap(detector)
     return learner
 
 
 @contextmanager
-def silence(learner: Learner) -> Iterator[None]:
+def silence(learner: TrainState) -> Iterator[None]:
     """Each process computes its share of a step as if it were alone."""
     wrapped, learner.model = learner.model, learner.detector
     with mock.patch.object(distributed, "is_distributed", lambda: False), ExitStack() as patches:
@@ -90,7 +90,7 @@ def measure(rank: int, processes: int, options: argparse.Namespace, folder: str)
     share = options.images // processes
     batch = made_batch(options.size, slice(rank * share, (rank + 1) * share))
 
-    def seconds(learner: Learner, how: AbstractContextManager[None]) -> float:
+    def seconds(learner: TrainState, how: AbstractContextManager[None]) -> float:
         if processes > 1:
             dist.barrier()
         with how:
@@ -100,7 +100,7 @@ def measure(rank: int, processes: int, options: argparse.Namespace, folder: str)
 
     found = {}
     for case, frozen in CASES.items():
-        learner = make_learner(options.arch, frozen, device)
+        learner = make_state(options.arch, frozen, device)
         turns = [
             (seconds(learner, nullcontext()), seconds(learner, silence(learner))) for _ in range(2 + options.repeats)
         ]

@@ -36,7 +36,7 @@ from detbb.feature_cache.frozen_prefix import FrozenPrefix
 from detbb.heads import find_head
 from detbb.structures.annotations import Annotations
 from detbb.training import optim
-from detbb.training.step import Learner, train_step
+from detbb.training.step import TrainState, train_step
 
 HEADS: dict[str, dict[str, Any]] = {"semantic": {}, "classify": {"multi_label": True}, "fcos": {}}
 
@@ -62,23 +62,23 @@ class Setting:
         self.data: Annotations = found
         self.steps = len(self.data) // options.batch
 
-    def learner(self) -> Learner:
+    def learner(self) -> TrainState:
         torch.manual_seed(0)
         detector = build_detector(self.config, {"it": self.data.classes}).freeze(["backbone", "neck"]).train()
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        made = Learner(detector, None, self.config.train, torch.device("cpu"), scaler)
+        made = TrainState(detector, None, self.config.train, torch.device("cpu"), scaler)
         made.optimizer, made.model = optim.build_optimizer(detector, self.config.optimizer), wrap(detector)
         made.prefix = FrozenPrefix(detector, self.config.train)
         return made
 
-    def with_cache(self, made: Learner) -> FeatureCache:
+    def with_cache(self, made: TrainState) -> FeatureCache:
         """An empty cache in memory before the learner's prefix."""
         data = {"made": self.data}
         cache, _ = cache_setup.with_cache(made.prefix, self.config, made.detector, data=data, steps=1000 * self.steps)
         assert isinstance(cache, FeatureCache)
         return cache
 
-    def batches(self, epoch: int, made: Learner | None) -> Any:
+    def batches(self, epoch: int, made: TrainState | None) -> Any:
         stores = made.prefix.stores if made is not None and isinstance(made.prefix, FeatureCache) else None
         return train_loader(
             {"made": self.data},
@@ -89,7 +89,7 @@ class Setting:
             stores=stores,
         )
 
-    def epochs(self, made: Learner) -> Callable[[], None]:
+    def epochs(self, made: TrainState) -> Callable[[], None]:
         """Each call trains one epoch more."""
         number = iter(range(10**6))
 
@@ -131,7 +131,7 @@ class Setting:
         def epoch() -> None:
             for batch in given:
                 total = torch.stack(
-                    list(head.loss(head.output_to_learn_from(batch.given.levels, batch), batch).values())
+                    list(head.loss(head.output_to_learn_from(batch.precomputed.levels, batch), batch).values())
                 ).sum()
                 optimizer.zero_grad(set_to_none=True)
                 total.backward()

@@ -96,12 +96,12 @@ SAMPLES = """
 import numpy as np, os
 from unittest import mock
 from detbb.config.schema import DataConfig
-from detbb.data import reader
+from detbb.data import sample
 from detbb.data.formats.coco import read_coco
-from detbb.data.sampler import Turns
+from detbb.data.sampler import SourceSchedule
 data = read_coco(Path(sys.argv[1]).parent, Path(sys.argv[1]))
-reader.read_image = lambda path, most: np.zeros((480, 640, 3), np.uint8)
-made = reader.Reader(data, DataConfig(image_size=[128, 128]), train=True, needs=frozenset({"masks"}))
+sample.read_image = lambda path, most: np.zeros((480, 640, 3), np.uint8)
+made = sample.SampleReader(data, DataConfig(image_size=[128, 128]), train=True, needs=frozenset({"masks"}))
 chance = np.random.default_rng(0)
 numbers = chance.integers(0, len(data), 2400).tolist()
 if (child := os.fork()) == 0:  # a worker, as the loader starts it

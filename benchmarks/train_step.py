@@ -33,7 +33,7 @@ from detbb.feature_cache.frozen_prefix import FrozenPrefix, last_frozen
 from detbb.heads import find_head
 from detbb.structures.batch import Batch, ImageSize, Target
 from detbb.training import optim
-from detbb.training.step import Learner, train_step
+from detbb.training.step import TrainState, train_step
 
 CLASSES = [f"class {i}" for i in range(80)]
 CASES = {"nothing frozen": [], "stem and layer1": ["backbone.stem", "backbone.layer1"], "backbone": ["backbone"]}
@@ -84,8 +84,8 @@ def reference_step(model: nn.Module, batch: Batch) -> Callable[[], dict[str, flo
     return step
 
 
-def learner(arch: str, head: str, freeze: list[str], peer: nn.Module) -> Learner:
-    """detbb's detector with the peer's weights, as `enter` of detbb/training/loop.py sets it up; no average, as in the peer."""
+def learner(arch: str, head: str, freeze: list[str], peer: nn.Module) -> TrainState:
+    """detbb's detector with the peer's weights, as a training phase starts it; no average, as in the peer."""
     config = Config()
     config.backbone.arch = arch
     config.heads = {"it": find_head(head).Config(type=head, data="made")}
@@ -93,7 +93,7 @@ def learner(arch: str, head: str, freeze: list[str], peer: nn.Module) -> Learner
     detector = build_detector(config, {"it": CLASSES})
     detector.load_state_dict(renamed(peer.state_dict(), set(detector.state_dict())))
     detector.freeze(freeze).train()
-    made = Learner(detector, None, config.train, torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False))
+    made = TrainState(detector, None, config.train, torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False))
     made.optimizer, made.model = optim.build_optimizer(detector, config.optimizer), wrap(detector)
     made.prefix = FrozenPrefix(detector, config.train) if last_frozen(detector) else None
     return made
@@ -112,12 +112,12 @@ def renamed(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
     return ours | {name: torch.tensor(0) for name in wanted if name.endswith("num_batches_tracked")}
 
 
-def step_of(made: Learner, batch: Batch) -> Callable[[], dict[str, Tensor]]:
+def step_of(made: TrainState, batch: Batch) -> Callable[[], dict[str, Tensor]]:
     options: dict[str, Any] = {"lr": 1e-6, "stop": lambda: 0, "folder": Path("."), "step": 0}
     return lambda: train_step(made, [batch], **options).losses
 
 
-def breakdown(made: Learner, batch: Batch, repeats: int) -> dict[str, float]:
+def breakdown(made: TrainState, batch: Batch, repeats: int) -> dict[str, float]:
     """Medians in ms of a step's parts."""
     times: dict[str, list[float]] = {}
     batch = batch.to(torch.device("cpu"))
@@ -126,7 +126,9 @@ def breakdown(made: Learner, batch: Batch, repeats: int) -> dict[str, float]:
         given = made.prefix(batch) if made.prefix is not None else batch
         marks.append(time.perf_counter())
         features = (
-            made.detector.resume(given.given) if given.given else made.detector.features(batch.images, batch.sizes)
+            made.detector.forward_from(given.precomputed)
+            if given.precomputed
+            else made.detector.features(batch.images, batch.sizes)
         )
         marks.append(time.perf_counter())
         head = made.detector.head("it")

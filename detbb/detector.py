@@ -19,7 +19,7 @@ from detbb.heads.base import Head, HeadSpec
 from detbb.modeling.backbones.resnet import Backbone, build_resnet
 from detbb.modeling.neck import build_neck, layers_needed
 from detbb.modeling.norm import norm_layer
-from detbb.structures.batch import Batch, Given, ImageSize
+from detbb.structures.batch import Batch, ImageSize, PrecomputedFeatures
 from detbb.structures.class_list import ClassList
 from detbb.structures.predictions import Predictions
 
@@ -49,11 +49,13 @@ class Detector(nn.Module):
         self.loss_weights: dict[str, float] = {}
         self.frozen: tuple[str, ...] = ()
         self.norm_rules: tuple[freeze.NormRule, ...] = ()
-        self.constant = frozenset(
+        self.always_fixed = frozenset(
             n for n, p in self.named_parameters() if not p.requires_grad
         )  # made so by their module
-        self.compiled: Callable[[Given], dict[str, Tensor]] | None = None  # `resume`, for training steps
-        self.reached: list[bool] = []  # which of `trained()` the last batch's losses depend on, on several processes
+        self.compiled: Callable[[PrecomputedFeatures], dict[str, Tensor]] | None = None  # `resume`, for training steps
+        self.used_parameters: list[
+            bool
+        ] = []  # which of `trainable_parameters()` the last batch's losses depend on, on several processes
 
     def head(self, name: str) -> Head:
         """The branch `name`."""
@@ -75,7 +77,7 @@ class Detector(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As in torch, but frozen parts and norms with fixed statistics stay in eval mode."""
         super().train(mode)
-        freeze.pin(self)
+        freeze.set_frozen_eval(self)
         return self
 
     def normalize(self, images: Tensor, sizes: Sequence[ImageSize]) -> Tensor:
@@ -89,34 +91,34 @@ class Detector(nn.Module):
 
     def features(self, images: Tensor, sizes: Sequence[ImageSize]) -> dict[str, Tensor]:
         """Every level that backbone and neck offer, from uint8 images."""
-        return self.resume(Given("", {"": self.normalize(images, sizes)}))
+        return self.forward_from(PrecomputedFeatures("", {"": self.normalize(images, sizes)}))
 
-    def resume(self, given: Given) -> dict[str, Tensor]:
+    def forward_from(self, given: PrecomputedFeatures) -> dict[str, Tensor]:
         """The levels that the heads read, from what is computed already (`after` empty: only the normalized images)."""
         if given.after == "neck":
             return given.levels
-        return self.neck(self.backbone.resume(given.after, given.levels))
+        return self.neck(self.backbone.forward_from(given.after, given.levels))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of every branch that learns from this batch, as `<head>/<loss>`; all are to be summed."""
-        names = self.learning(batch.source)
-        given = batch.given or Given("", {"": self.normalize(batch.images, batch.sizes)})
-        features = (self.compiled if self.compiled is not None and self.training else self.resume)(given)
+        names = self.active_heads(batch.source)
+        given = batch.precomputed or PrecomputedFeatures("", {"": self.normalize(batch.images, batch.sizes)})
+        features = (self.compiled if self.compiled is not None and self.training else self.forward_from)(given)
         losses: dict[str, Tensor] = {}
         for name in names:
             head = self.head(name)
             for loss, value in head.loss(head.output_to_learn_from(features, batch), batch).items():
                 losses[f"{name}/{loss}"] = value * self.loss_weights.get(name, 1.0)
         if world_size() > 1 and self.training:
-            trained, reached = self.trained(), _reached_parameters(losses.values())
-            self.reached = [id(p) in reached for p in trained]
-            absent = [p.flatten()[0] for p, there in zip(trained, self.reached, strict=True) if not there]
+            trained, used = self.trainable_parameters(), _used_parameters(losses.values())
+            self.used_parameters = [id(p) in used for p in trained]
+            absent = [p.flatten()[0] for p, there in zip(trained, self.used_parameters, strict=True) if not there]
             if absent:  # DDP waits for every parameter, so these join with a gradient of zero
                 first = next(iter(losses))
                 losses[first] = losses[first] + torch.stack(absent).sum() * 0
         return losses
 
-    def learning(self, source: str | None = None) -> list[str]:
+    def active_heads(self, source: str | None = None) -> list[str]:
         """The heads whose loss reaches something that is trained (and that learn from `source`)."""
         shared = any(p.requires_grad for part in (self.backbone, self.neck) for p in part.parameters())
         return [
@@ -124,10 +126,10 @@ class Detector(nn.Module):
             for name, head in self.heads.items()
             if (source is None or self.sources.get(name) == source)
             and (shared or any(p.requires_grad for p in head.parameters()))
-            and f"heads.{name}" not in self._carried()
+            and f"heads.{name}" not in self._inherited()
         ]
 
-    def trained(self) -> list[nn.Parameter]:
+    def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained now, in the order of `parameters()`."""
         return [p for p in self.parameters() if p.requires_grad]
 
@@ -143,7 +145,7 @@ class Detector(nn.Module):
         chosen = list(self.heads) if heads is None else list(heads)
         return {name: self.head(name).decode(self.head(name)(features), sizes) for name in chosen}
 
-    def _carried(self) -> set[str]:
+    def _inherited(self) -> set[str]:
         return {f"heads.{name}" for name in self.heads if name not in self.sources}
 
 
@@ -186,14 +188,14 @@ def build_detector(config: Config, classes: Mapping[str, Any] | None = None) -> 
         heads[name] = find_head(head_config.type)(head_config, spec)
     detector = Detector(backbone, neck, heads)
     detector.classes = lists
-    detector.sources = {n: h.data for n, h in config.heads.items() if n not in config.carried}
+    detector.sources = {n: h.data for n, h in config.heads.items() if n not in config.inherited_heads}
     detector.loss_weights = {n: h.loss_weight for n, h in config.heads.items()}
     detector.norm_rules = _norm_rules(config, detector)
     detector.to(memory_format=torch.channels_last)
     if config.train.precision == "fp64":
         detector.double()
     first = config.phases[0].freeze if config.phases else config.freeze
-    return detector.freeze([*first, *(f"heads.{n}" for n in config.carried)])
+    return detector.freeze([*first, *(f"heads.{n}" for n in config.inherited_heads)])
 
 
 def read_classes(config: Config) -> dict[str, ClassList]:
@@ -219,9 +221,9 @@ def _norm_rules(config: Config, detector: Detector) -> tuple[freeze.NormRule, ..
     return tuple(rules)
 
 
-def _reached_parameters(losses: Any) -> set[int]:
+def _used_parameters(losses: Any) -> set[int]:
     """ids of the parameters that the autograd graph of `losses` ends in."""
-    reached: set[int] = set()
+    used: set[int] = set()
     seen = set()
     todo = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     while todo:
@@ -230,6 +232,6 @@ def _reached_parameters(losses: Any) -> set[int]:
             continue
         seen.add(node)
         if (variable := getattr(node, "variable", None)) is not None:
-            reached.add(id(variable))
+            used.add(id(variable))
         todo += [after for after, _ in node.next_functions]
-    return reached
+    return used

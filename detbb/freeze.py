@@ -36,7 +36,7 @@ class NormRule:
 class FrozenTensorChanged(RuntimeError):
     """A tensor that this run promised not to touch is not what it was."""
 
-    everywhere = True  # as in errors.UserError
+    same_on_all_ranks = True  # as in errors.UserError
 
 
 def resolve(detector: Detector, name: str, *, key: str = "freeze") -> list[tuple[str, nn.Module]]:
@@ -65,7 +65,7 @@ def parts(detector: Detector) -> list[str]:
 def apply(detector: Detector) -> None:
     """Set `requires_grad` by `detector.frozen` and the norm rules, and drop gradients of what is not trained."""
     for name, parameter in detector.named_parameters():
-        parameter.requires_grad_(name not in detector.constant)
+        parameter.requires_grad_(name not in detector.always_fixed)
     for module in _frozen_modules(detector):
         module.requires_grad_(False)
     for rule, norm in _ruled_norms(detector):
@@ -76,7 +76,7 @@ def apply(detector: Detector) -> None:
             parameter.grad = None  # a stale gradient would still be applied by the next optimizer step
 
 
-def pin(detector: Detector) -> None:
+def set_frozen_eval(detector: Detector) -> None:
     """Put what is frozen back into eval mode; called at the end of every `.train()`."""
     for module in _frozen_modules(detector):
         module.eval()
@@ -127,7 +127,7 @@ def changed(detector: Detector, expected: dict[str, str]) -> list[str]:
     return [name for name, value in expected.items() if name not in state or digest(state[name]) != value]
 
 
-def awake(detector: Detector) -> list[str]:
+def frozen_in_train_mode(detector: Detector) -> list[str]:
     """Norms whose statistics are frozen and that are in train mode nevertheless."""
     frozen = set(frozen_names(detector))
     found = []
@@ -141,13 +141,13 @@ def awake(detector: Detector) -> list[str]:
 def explain(detector: Detector, names: Sequence[str]) -> str:
     """One line for a FrozenTensorChanged: which tensors, and what such a change can come from."""
     modules = dict(detector.named_modules())
-    awake = sorted(
+    in_train_mode = sorted(
         {n.rpartition(".")[0] for n in names if getattr(modules.get(n.rpartition(".")[0]), "training", False)}
     )
     statistics = [n for n in names if n.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     causes = []
-    if awake:
-        causes.append(f"{', '.join(awake[:3])} is in train mode: something called .train() on it")
+    if in_train_mode:
+        causes.append(f"{', '.join(in_train_mode[:3])} is in train mode: something called .train() on it")
     elif statistics:
         causes.append("running statistics moved: the norm was in train mode for a while")
     if len(statistics) < len(names):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import test_heads
 import torch
-from heads_support import make_batch, make_features, make_head
+from head_cases import make_batch, make_features, make_head
 
 from detbb.data.formats import read_split
 from detbb.heads import find_head

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trainable_parameters(tmp_path_factory):
     """Checkpoints: a detector, and three runs apart that add branches to it; and the branch files of two."""
     folder = tmp_path_factory.mktemp("trained")
     data = folder / "images"
@@ -113,7 +113,7 @@ def test_attach_leaves_all_that_the_checkpoint_holds(trained, merged):
     for key in ("step", "phase", "ema", "optimizer", "scaler", "rng", "data", "versions"):
         assert flat(before[key]) == flat(after[key]), key
     assert flat(before["model"]).items() <= flat(after["model"]).items()
-    assert after["ema"]["tensors"] and after["config"]["carried"] == ["second", "third"]
+    assert after["ema"]["tensors"] and after["config"]["inherited_heads"] == ["second", "third"]
     assert after["frozen"]["names"] == ["heads.second", "heads.third"]
     new = {n for n in after["model"] if n not in before["model"]}
     assert after["frozen"]["digests"] == {n: digest(after["model"][n]) for n in new}
@@ -309,7 +309,7 @@ def test_show_says_what_is_inside(trained, merged, files):
     text = printed(show(merged))
     for word in ("6, in phase 0", "6 updates", "heads.second, heads.third", "torch 2", "circle, rectangle, triangle"):
         assert word in text, word
-    assert "semantic (carried along)" in text and "fcos (carried" not in text
+    assert "semantic (inherited_heads along)" in text and "fcos (inherited_heads" not in text
     detector = load_detector(merged)
     assert f"{sum(p.numel() for p in detector.parameters()):,}" in text
     branch = printed(show(files["second"]))

@@ -27,7 +27,7 @@ def content(step: int) -> dict[str, Any]:
         "step": step,
         "phase": 0,
         "ema": None,
-        "config": {"heads": {}, "carried": []},
+        "config": {"heads": {}, "inherited_heads": []},
         "model": {"backbone.w": torch.full((300,), float(step))},
     }
     made |= {"optimizer": {"type": "sgd", "state": {}}, "rng": {"seed": 0, "torch": torch.zeros(1)}}
@@ -223,14 +223,14 @@ def test_steps_count_as_numbers_and_the_newest_are_kept(tmp_path):
 def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path):
     made = filled(tmp_path, 2, 4, 6)
     made.mark_best(6)
-    lines = made.go_on_from(made.path(4), 4)
+    lines = made.make_newest(made.path(4), 4)
     assert "2 other checkpoints are set aside" in lines[0]
     assert made.newest()[1]["step"] == 4 and read_checkpoint(tmp_path / "last.pt")["step"] == 4
     assert sorted(p.name for p in tmp_path.glob("*.aside")) == ["best.pt.aside", "step_0000006.pt.aside"]
-    assert made.go_on_from(made.path(4), 4) == []
+    assert made.make_newest(made.path(4), 4) == []
     first = (tmp_path / "step_0000006.pt.aside").read_bytes()
     made.save(content(6) | {"phase": 1})
-    assert made.go_on_from(made.path(4), 4)[0].endswith("step_0000006.pt.aside2")
+    assert made.make_newest(made.path(4), 4)[0].endswith("step_0000006.pt.aside2")
     assert (tmp_path / "step_0000006.pt.aside").read_bytes() == first  # nothing is destroyed
     assert read_checkpoint(tmp_path / "step_0000006.pt.aside2")["phase"] == 1
 
@@ -238,10 +238,10 @@ def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path)
 def test_going_on_from_a_checkpoint_from_elsewhere_brings_it_into_the_folder(tmp_path):
     filled(tmp_path / "old", 4)
     made = CheckpointFolder(tmp_path / "new", 3)
-    assert made.go_on_from(tmp_path / "old" / "last.pt", 4) == [] and made.newest()[1]["step"] == 4
+    assert made.make_newest(tmp_path / "old" / "last.pt", 4) == [] and made.newest()[1]["step"] == 4
     other = filled(tmp_path / "other", 2, 4)
     kept = other.path(4).read_bytes()
-    assert "1 other" in other.go_on_from(tmp_path / "old" / "last.pt", 4)[0]
+    assert "1 other" in other.make_newest(tmp_path / "old" / "last.pt", 4)[0]
     assert other.path(4).samefile(tmp_path / "old" / "last.pt") and other.path(4).samefile(tmp_path / "other/last.pt")
     assert (tmp_path / "other" / "step_0000004.pt.aside").read_bytes() == kept
 

@@ -386,7 +386,8 @@ def test_the_installed_command_runs_the_tools(tmp_path: Path, installed: bool):
         path = tmp_path
         shutil.copytree(REPOSITORY / "tools", path / "detbb_tools")
         (path / "detbb_tools" / "train.py").write_text("print('its own')")
-    code = f"import sys, detbb.core.cli; detbb.core.cli.__file__ = {str(path / 'detbb' / 'cli.py')!r}; detbb.core.cli.command()"
+    place = str(path / "detbb" / "core" / "cli.py")
+    code = f"from detbb.core import cli; cli.__file__ = {place!r}; cli.command()"
     for arguments, code_of, said in (
         (["train", "--help"], 0, "its own" if installed else "usage: train.py"),
         (["eval", "nope.pt"], 2, "error: checkpoint nope.pt: no such file"),

@@ -45,7 +45,7 @@ def test_its_detector_builds_and_each_phase_trains_and_freezes_what_it_says(path
     phases = plan_phases(config, config.train.steps or 1000)
     for phase in phases:
         detector.freeze(phase.freeze)
-        assert detector.learning()
+        assert detector.active_heads()
         frozen = set(frozen_names(detector))
         for name in phase.freeze:
             prefixes = ("backbone.conv1.", "backbone.bn1.") if name == "backbone.stem" else (f"{name}.",)

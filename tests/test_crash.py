@@ -180,7 +180,7 @@ def test_without_the_signal_mask_of_the_workers_it_does_not(tmp_path, images):
 
 def augmentation_from_a_stream() -> None:
     numbers = itertools.count(1)
-    import_module("detbb.data.loader").Reader.stream = lambda *_: next(numbers)
+    import_module("detbb.data.loader").SampleReader.stream = lambda *_: next(numbers)
 
 
 def order_from_a_stream() -> None:

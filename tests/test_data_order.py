@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_support import box, shapes_config, shapes_split
+from datasets import box, shapes_config, shapes_split
 from PIL import Image
 from torch import Tensor
 
@@ -25,8 +25,8 @@ from detbb.config.schema import Config, DataConfig, SplitConfig, TrainConfig
 from detbb.core.errors import UserError
 from detbb.data.formats import read_split
 from detbb.data.loader import TrainDataset, eval_loader, train_loader
-from detbb.data.sample import Reader
-from detbb.data.sampler import SampleKey, SampleOrder, StepSampler, Turns, mix
+from detbb.data.sample import SampleReader
+from detbb.data.sampler import SampleKey, SampleOrder, SourceSchedule, StepSampler, hash_seed
 from detbb.inference.evaluate import ground_truth
 from detbb.structures.batch import Batch
 from detbb.structures.predictions import Predictions
@@ -123,15 +123,20 @@ def test_grouping_leaves_at_most_one_mixed_batch_a_block() -> None:
 
 
 def test_streams_of_a_coco_sized_set_are_all_different() -> None:
-    streams = {mix(0, epoch, image) for epoch in range(3) for image in range(118_000)}
+    streams = {hash_seed(0, epoch, image) for epoch in range(3) for image in range(118_000)}
     assert len(streams) == 3 * 118_000 and max(streams) < 2**63
-    assert mix(1, 2) != mix(2, 1) and mix(0) != mix(0, 0) and mix(5) == mix(5) and mix(-1) >= 0
+    assert (
+        hash_seed(1, 2) != hash_seed(2, 1)
+        and hash_seed(0) != hash_seed(0, 0)
+        and hash_seed(5) == hash_seed(5)
+        and hash_seed(-1) >= 0
+    )
 
 
 def test_sources_take_turns_by_weight_and_prefixes_are_stable() -> None:
-    turns = Turns({"a": 2, "b": 1, "c": 0.5})
-    late = [turns.at(s) for s in range(70)]
-    assert [Turns({"a": 2, "b": 1, "c": 0.5}).at(s) for s in (69, 3)] == [late[69], late[3]]
+    schedule = SourceSchedule({"a": 2, "b": 1, "c": 0.5})
+    late = [schedule.source_at(s) for s in range(70)]
+    assert [SourceSchedule({"a": 2, "b": 1, "c": 0.5}).at(s) for s in (69, 3)] == [late[69], late[3]]
     assert Counter(n for n, _ in late) == {"a": 40, "b": 20, "c": 10}
     for name in "abc":
         assert [t for n, t in late if n == name] == list(range(sum(n == name for n, _ in late)))
@@ -139,22 +144,22 @@ def test_sources_take_turns_by_weight_and_prefixes_are_stable() -> None:
         assert abs(sum(n == "a" for n, _ in late[start : start + 7]) - 4) <= 1
     for weight in (0, -1, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"data\.a\.weight"):
-            Turns({"a": weight})
+            SourceSchedule({"a": weight})
 
 
 def test_turns_are_counted_across_phases_that_change_the_sources() -> None:
     """Source a alone, a and b, b alone, all: no turn comes twice, none is left out, and prefixes stay."""
     phases = [(0, ["a"]), (10, ["b", "a"]), (30, ["b"]), (35, ["a", "b", "c"])]
-    turns = Turns({"a": 1, "b": 1, "c": 2}, phases)
-    found = [turns.at(s) for s in range(75)]
+    schedule = SourceSchedule({"a": 1, "b": 1, "c": 2}, phases)
+    found = [schedule.source_at(s) for s in range(75)]
     for name in "abc":
         assert [t for n, t in found if n == name] == list(range(sum(n == name for n, _ in found)))
     assert found[9:12] == [("a", 9), ("a", 10), ("b", 0)] and {n for n, _ in found[30:35]} == {"b"}
     assert Counter(n for n, _ in found[10:30]) == {"a": 10, "b": 10}
     assert Counter(n for n, _ in found[35:]) == {"a": 10, "b": 10, "c": 20}
-    assert Turns({"a": 1, "b": 1, "c": 2}, phases).at(74) == found[74]
-    assert [Turns({"a": 3, "b": 1}, [(0, ["a", "b"])]).at(s) for s in range(20)] == [
-        Turns({"a": 3, "b": 1}).at(s) for s in range(20)
+    assert SourceSchedule({"a": 1, "b": 1, "c": 2}, phases).at(74) == found[74]
+    assert [SourceSchedule({"a": 3, "b": 1}, [(0, ["a", "b"])]).at(s) for s in range(20)] == [
+        SourceSchedule({"a": 3, "b": 1}).at(s) for s in range(20)
     ]
 
 
@@ -163,7 +168,9 @@ def test_processes_share_the_same_images(accumulate: int) -> None:
     def keys(rank: int, processes: int) -> list:
         orders = {"s": SampleOrder(30, 8, seed=0)}
         return list(
-            StepSampler(Turns({"s": 1}), orders, steps=range(6), accumulate=accumulate, share=(rank, processes))
+            StepSampler(
+                SourceSchedule({"s": 1}), orders, steps=range(6), accumulate=accumulate, share=(rank, processes)
+            )
         )
 
     alone = keys(0, 1)
@@ -258,7 +265,7 @@ def test_a_step_costs_the_same_in_a_set_of_any_size(tmp_path: Path) -> None:
     data = shapes_split(shapes_config(tmp_path, train=4))
     many = replace(data, image_ids=np.arange(2_000_000), labels=np.zeros(2_000_000, np.int32))
     source = shapes_config(tmp_path).data["shapes"]
-    dataset = TrainDataset({"shapes": Reader(many, source, train=True)})
+    dataset = TrainDataset({"shapes": SampleReader(many, source, train=True)})
     tracemalloc.start()
     try:
         dataset[SampleKey("shapes", 0, 1, 0)]
@@ -299,7 +306,7 @@ def test_targets_cross_processes_without_open_files(folder: Path) -> None:
 
 CHILD = """
 import os, sys, time
-from data_support import shapes_config, shapes_split
+from datasets import shapes_config, shapes_split
 from detbb.data.loader import train_loader
 from pathlib import Path
 config = shapes_config(Path(sys.argv[1]), workers=2)

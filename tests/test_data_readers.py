@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_support import box, read, shapes_config, shapes_source, shapes_split, write_coco
+from datasets import box, read, shapes_config, shapes_source, shapes_split, write_coco
 from PIL import Image
 
 from detbb.config.schema import DataConfig, SplitConfig

@@ -8,14 +8,14 @@ from typing import Any
 import albumentations as A
 import numpy as np
 import pytest
-from data_support import box, read, shapes_source
+from datasets import box, read, shapes_source
 from pycocotools import mask as coco_mask
 
 from detbb.config.schema import DataConfig
 from detbb.core.errors import UserError
 from detbb.data.formats import read_split
-from detbb.data.loader import Reader
-from detbb.data.sampler import mix
+from detbb.data.loader import SampleReader
+from detbb.data.sampler import hash_seed
 from detbb.data.transforms import _KEEP_SIZE, Sample, Transform, rasterize, resize
 from detbb.structures.annotations import Annotations, Segments, rle_fits
 
@@ -68,7 +68,7 @@ AUGMENTS = {
 
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_boxes_masks_keypoints_and_pixels_stay_together(shapes: Annotations, name: str) -> None:
-    reader = Reader(shapes, source(AUGMENTS[name]), train=True, needs=NEEDS)
+    reader = SampleReader(shapes, source(AUGMENTS[name]), train=True, needs=NEEDS)
     objects = 0
     for index in range(len(shapes)):
         image, target = reader.read(index, epoch=index)
@@ -123,10 +123,10 @@ def test_transforms_of_a_list_draw_independently() -> None:
     sample = Sample(image, np.zeros((0, 4)), np.zeros(0, np.int64))
     transform = Transform(source([{"type": "HorizontalFlip"}, {"type": "VerticalFlip"}], (40, 60)), train=True)
     variants = {"same": image, "h": image[:, ::-1], "v": image[::-1], "hv": image[::-1, ::-1]}
-    results = [transform(sample, mix(seed)).image for seed in range(80)]
+    results = [transform(sample, hash_seed(seed)).image for seed in range(80)]
     counts = {name: sum(np.array_equal(r, v) for r in results) for name, v in variants.items()}
     assert sum(counts.values()) == 80 and min(counts.values()) >= 8
-    assert all(np.array_equal(transform(sample, mix(seed)).image, results[seed]) for seed in (79, 3, 41))
+    assert all(np.array_equal(transform(sample, hash_seed(seed)).image, results[seed]) for seed in (79, 3, 41))
 
 
 def test_polygons_are_filled_as_coco_does_and_rle_survives_resizing() -> None:
@@ -180,11 +180,11 @@ def test_crowds_and_slivers_are_left_out_but_crowd_classes_count_for_the_image(t
     data = read(
         tmp_path, [box(1, 7, [1, 1, 10, 10]), box(2, 7, [0, 0, 9, 9], 90, iscrowd=1), box(3, 7, [39.99, 1, 30, 10])]
     )
-    image, target = Reader(data, source("none", (60, 90)), train=True).read(0)
+    image, target = SampleReader(data, source("none", (60, 90)), train=True).read(0)
     assert target.boxes.tolist() == [[2, 2, 22, 22]] and target.labels.tolist() == [0]
     assert target.image_labels.tolist() == [True, True] and target.masks is None and target.keypoints is None
     assert tuple(target.size) == ((60, 80), (30, 40)) and target.image_id == 7 and tuple(image.shape) == (3, 60, 80)
-    _, empty = Reader(data, source("default", (60, 90)), train=True).read(2)
+    _, empty = SampleReader(data, source("default", (60, 90)), train=True).read(2)
     assert empty.boxes.shape == (0, 4) and not empty.image_labels.any()
 
 
@@ -192,7 +192,7 @@ def test_a_size_that_disagrees_with_the_file_is_refused(tmp_path: Path) -> None:
     data = read(tmp_path, [])
     data.sizes[0] = (31, 40)
     with pytest.raises(UserError, match=r"b\.png: is 40 x 30, its annotations say 40 x 31"):
-        Reader(data, source("none"), train=True).read(0)
+        SampleReader(data, source("none"), train=True).read(0)
 
 
 def test_borders_that_a_transform_adds_are_ignored_in_semantic_masks() -> None:

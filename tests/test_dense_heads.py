@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from heads_support import CLASSES, make_batch, make_features, make_head
+from head_cases import CLASSES, make_batch, make_features, make_head
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 

@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from learning import make_learner
+from learning import make_state
 from processes import run_ranks
 from runs import load
 
 from detbb.config.schema import Config
-from detbb.core.errors import PeerLost, UserError
+from detbb.core.errors import ProcessLost, UserError
 from detbb.data.formats import read_split
 from detbb.data.loader import train_loader
 from detbb.detector import Detector, build_detector
-from detbb.distributed.collectives import agreed, all_gather_objects, rank, world_size
-from detbb.distributed.lost_process import Peers, is_lost_peer
+from detbb.distributed.collectives import all_gather_objects, raise_on_all_ranks, rank, world_size
+from detbb.distributed.lost_process import Members, is_lost_process
 from detbb.distributed.processes import processes
 from detbb.freeze import digest
 from detbb.heads.fcos import FcosConfig, FcosHead
@@ -34,7 +34,7 @@ from detbb.heads.loading import load_config
 from detbb.training import optim
 from detbb.training.loop import train
 from detbb.training.signals import StopSignals
-from detbb.training.step import Learner, read_losses, train_step
+from detbb.training.step import TrainState, read_losses, train_step
 
 training = importlib.import_module("detbb.training.loop")  # the package's attribute of this name is the function
 
@@ -84,7 +84,7 @@ def learn_case(folder: Path, case: str, precision: str, steps: int) -> tuple[lis
     config = case_config(folder, case, f"train.precision={precision}")
     data = {"shapes": read_split(config.data["shapes"], "train", "shapes")}
     torch.manual_seed(config.seed)
-    learner = make_learner(config, build_detector(config, {"objects": data["shapes"].classes}), [])
+    learner = make_state(config, build_detector(config, {"objects": data["shapes"].classes}), [])
     needs = {"shapes": frozenset[str]()}
     share = {"rank": rank(), "world_size": world_size()}
     images, losses = [], []
@@ -199,7 +199,7 @@ log: {{every: 1, images: 0}}
 """
 
 
-def everything(learner: Learner) -> dict[str, str]:
+def everything(learner: TrainState) -> dict[str, str]:
     state = dict(learner.detector.state_dict())
     state |= {f"momentum {n}": s["momentum_buffer"] for n, s in optim.state_by_name(learner.optimizer).items()}
     assert learner.ema is not None
@@ -211,7 +211,7 @@ def branches(file: str, out: str, mutant: bool) -> list[tuple[str, dict[str, str
     seen = []
     forward = Detector.forward
 
-    def step(learner: Learner, batches: list[Any], **arguments: Any) -> Any:
+    def step(learner: TrainState, batches: list[Any], **arguments: Any) -> Any:
         if arguments["step"] in (0, 2, 8) and rank() == 1:
             for target in batches[0].targets:
                 target.boxes, target.labels = target.boxes[:0], target.labels[:0]
@@ -222,7 +222,7 @@ def branches(file: str, out: str, mutant: bool) -> list[tuple[str, dict[str, str
 
     def reach_all(self: Detector, batch: Any) -> Any:
         losses = forward(self, batch)
-        self.reached = [True] * len(self.reached)
+        self.used_parameters = [True] * len(self.used_parameters)
         return losses
 
     training.train_step = step
@@ -289,18 +289,18 @@ def decide() -> dict[str, str]:
     for culprit in (0, 1):
         for first in (False, True):
             try:
-                with agreed(rank0_first=first):
+                with raise_on_all_ranks(rank0_first=first):
                     if rank() == culprit:
                         raise UserError(f"rank {culprit} has no data")
             except UserError as error:
-                found[f"{culprit} {first}"] = f"{error} {error.everywhere}"
-    with agreed(rank0_first=True):
+                found[f"{culprit} {first}"] = f"{error} {error.same_on_all_ranks}"
+    with raise_on_all_ranks(rank0_first=True):
         began = time.monotonic()
         time.sleep(0.2 * (rank() == 0))
     first, second = all_gather_objects(began)
     found["good"] = str(second - first >= 0.2)
     for step in (world_size(), rank()):  # the same everywhere, and not
-        training.resuming._find_start = lambda *_, step=step: training.resuming.Start(None, [], step)
+        training.resuming._find_start = lambda *_, step=step: training.resuming.ResumePoint(None, [], step)
         try:
             training.resuming.open_run_folder(Config(), None)
         except UserError as error:
@@ -331,18 +331,18 @@ def test_who_does_not_answer_is_named_also_after_a_restart_on_the_same_store() -
     store = dist.HashStore()
     broken = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:31130")
 
-    def start(number: int, late: int) -> Peers:
+    def start(number: int, late: int) -> Members:
         time.sleep(0.3 * (number == late))
-        return Peers(store, number, 4, timeout_s=7)
+        return Members(store, number, 4, timeout_s=7)
 
     for lost, late in ((2, 0), (0, 3), (3, 1)):
-        peers = in_threads(lambda n, late=late: start(n, late), (0, 1, 2, 3))
-        for number, one in peers.items():
+        members = in_threads(lambda n, late=late: start(n, late), (0, 1, 2, 3))
+        for number, one in members.items():
             one.store.set(f"said by {number}", str(late))
-        assert all(one.store.get(f"said by {n}") == str(late).encode() for one in peers.values() for n in peers)
-        waiting = tuple(n for n in peers if n != lost)
-        found = in_threads(lambda n, peers=peers: time.sleep(n * 0.2) or peers[n].explain(broken), waiting)
-        assert len(found) == 3 and all(isinstance(error, PeerLost) for error in found.values())
+        assert all(one.store.get(f"said by {n}") == str(late).encode() for one in members.values() for n in members)
+        waiting = tuple(n for n in members if n != lost)
+        found = in_threads(lambda n, members=members: time.sleep(n * 0.2) or members[n].explain(broken), waiting)
+        assert len(found) == 3 and all(isinstance(error, ProcessLost) for error in found.values())
         assert all(str(error).startswith(f"rank {lost} (pid {os.getpid()} on ") for error in found.values())
 
 
@@ -363,7 +363,7 @@ def left_alone() -> list[tuple[str, bool]]:
         try:
             one()
         except Exception as error:
-            found.append((str(error), is_lost_peer(error)))
+            found.append((str(error), is_lost_process(error)))
     dist.barrier()
     return found
 
@@ -387,12 +387,12 @@ def test_what_cannot_be_started_is_a_users_error(monkeypatch: pytest.MonkeyPatch
 
 
 def test_who_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detbb.distributed.lost_process.MEET_S", 0.3)
+    monkeypatch.setattr("detbb.distributed.lost_process.RENDEZVOUS_S", 0.3)
     store = dist.HashStore()
-    with pytest.raises(PeerLost, match="rank 1, 2 did not start within"):
-        Peers(store, 0, 3, timeout_s=0.1)
-    with pytest.raises(PeerLost, match="another rank did not start"):
-        Peers(store, 1, 3, timeout_s=0.1)
+    with pytest.raises(ProcessLost, match="rank 1, 2 did not start within"):
+        Members(store, 0, 3, timeout_s=0.1)
+    with pytest.raises(ProcessLost, match="another rank did not start"):
+        Members(store, 1, 3, timeout_s=0.1)
 
 
 def test_a_second_signal_ends_a_process_unless_torchrun_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:

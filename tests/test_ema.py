@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from learning import bits_differ, copy_state, learn, make_learner, small_config, small_detector, switch
+from learning import bits_differ, copy_state, learn, make_state, small_config, small_detector, switch
 
 from detbb.config.schema import EmaConfig
 from detbb.detector import view
@@ -18,7 +18,7 @@ STEM = ["backbone.stem", "backbone.layer1"]
 def test_the_average_equals_a_float64_loop_over_the_weights_of_each_step():
     config = small_config()
     config.ema = EmaConfig(0.97, 10)
-    learner = make_learner(config, small_detector(config), STEM)
+    learner = make_state(config, small_detector(config), STEM)
     wide = {n: learner.detector.state_dict()[n].double() for n in learner.ema.tensors}
     for step in range(60):
         learn(learner, 1, first=step)
@@ -60,7 +60,7 @@ def test_mutant_multiply_add_drifts_where_lerp_does_not():
 def test_newly_frozen_takes_the_live_value_and_newly_trained_starts_from_its_own():
     config = small_config()
     config.ema = EmaConfig(0.99, 0)
-    learner = make_learner(config, small_detector(config), STEM)
+    learner = make_state(config, small_detector(config), STEM)
     learn(learner, 5)
     live = copy_state(learner.detector)
     assert not torch.equal(learner.ema.tensors["neck.inner.layer2.0.weight"], live["neck.inner.layer2.0.weight"])
@@ -78,7 +78,7 @@ def test_a_skipped_step_is_not_an_update(tmp_path):
     config = small_config()
     config.train.on_nonfinite = "skip"
     config.ema = EmaConfig(0.9, 0)
-    learner = make_learner(config, small_detector(config), [])
+    learner = make_state(config, small_detector(config), [])
     learn(learner, 1)
     before, averaged = copy_state(learner.detector), {n: t.clone() for n, t in learner.ema.tensors.items()}
     weight = learner.detector.heads["objects"].loss
@@ -114,9 +114,9 @@ def test_the_decay_rises_to_its_value(warmup):
 def test_saved_and_loaded_the_average_goes_on_to_the_bit():
     config = small_config()
     config.ema = EmaConfig(0.95, 7)
-    whole = make_learner(config, small_detector(config), STEM)
+    whole = make_state(config, small_detector(config), STEM)
     learn(whole, 6)
-    half = make_learner(config, small_detector(config), STEM)
+    half = make_state(config, small_detector(config), STEM)
     learn(half, 3)
     state = half.ema.state_dict()
     again = Ema(config.ema)
@@ -130,7 +130,7 @@ def test_saved_and_loaded_the_average_goes_on_to_the_bit():
 def test_a_loaded_average_goes_where_its_weights_are():
     """`meta` stands for a GPU: checkpoints are read onto the CPU."""
     config = small_config()
-    saved = make_learner(config, small_detector(config), []).ema.state_dict()
+    saved = make_state(config, small_detector(config), []).ema.state_dict()
     ema = Ema(config.ema)
     ema.load_state_dict(saved)
     detector = small_detector(config).to("meta").freeze([])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
-from two_stage_support import (
+from two_stage import (
     CHANNELS,
     SMALL,
     assert_equals_torchvision,

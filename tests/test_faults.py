@@ -145,4 +145,4 @@ def test_the_files_that_faults_are_planted_in_are_sound(tmp_path, monkeypatch, s
 
 def test_the_page_on_reliability_lists_exactly_these_faults():
     assert len(DATA_FAULTS) >= 60 and len(FILE_FAULTS) >= 25
-    assert DOCS.read_text() == document(DOCS.read_text()), "python tests/planted.py"
+    assert DOCS.read_text() == document(DOCS.read_text()), "python tests/support/planted.py"

@@ -18,9 +18,9 @@ from detbb.config.schema import DataConfig
 from detbb.core.errors import Stopped, UserError
 from detbb.data.formats import read_split
 from detbb.data.loader import train_loader
-from detbb.data.sample import Reader
+from detbb.data.sample import SampleReader
 from detbb.feature_cache import setup as cache_setup
-from detbb.feature_cache.cache import DTYPES, REST_AFTER, FeatureCache, Plan, Store, folder_name, open_folder
+from detbb.feature_cache.cache import DTYPES, RELEASE_AFTER, FeatureCache, Plan, Store, folder_name, open_folder
 from detbb.feature_cache.frozen_prefix import FrozenPrefix
 
 training = importlib.import_module("detbb.training.loop")
@@ -88,7 +88,7 @@ def test_the_prefix_rests_while_nothing_is_missing(source):
     prefix = SimpleNamespace(
         after="neck",
         levels=lambda images, sizes: {n: f[None] for n, f in levels(1.0).items()},
-        rest=lambda: rested.append(cache.step),
+        release=lambda: rested.append(cache.step),
     )
     store = Store(PLAN, None)
     cache = FeatureCache(prefix, {"made": store})
@@ -101,7 +101,7 @@ def test_the_prefix_rests_while_nothing_is_missing(source):
         missed += [cache.step] * (len(batch.images) > 0)
         cache(batch)
     assert missed[:2] == [0, 1] and 30 <= missed[2] <= missed[-1] < 40
-    assert rested == [1 + REST_AFTER, missed[-1] + REST_AFTER]
+    assert rested == [1 + RELEASE_AFTER, missed[-1] + RELEASE_AFTER]
 
 
 def test_fp32_losses_differ_by_rounding_alone(tmp_path, images):
@@ -208,7 +208,7 @@ def source(tmp_path):
     """A reader of four images of its own, which tests may change."""
     config = DataConfig(format="shapes", augment="none", image_size=[64, 64])
     config.train.images, config.train.size = str(tmp_path / "own"), 4
-    return Reader(read_split(config, "train", "made"), config, train=True)
+    return SampleReader(read_split(config, "train", "made"), config, train=True)
 
 
 PLAN = Plan(images=4, variants=1, hw=(64, 64), levels={"p3": (8, 8, 3), "p4": (4, 4, 3)}, dtype=torch.float32)
@@ -225,7 +225,7 @@ def filled(store, reader):
 
 
 def hits(store, reader):
-    return [store.find(reader, index, 0).stored for index in range(4)]
+    return [store.find(reader, index, 0).is_stored for index in range(4)]
 
 
 @pytest.fixture
@@ -262,12 +262,12 @@ def test_an_image_that_changes_while_it_is_read_is_not_stored(on_disk, source):
     path = source.path(2)
     path.write_bytes(path.read_bytes() + b"\0")
     entry = store.find(source, 2, 0)
-    assert not entry.stored and store.checked(entry, source, 2) == entry
+    assert not entry.is_stored and store.checked(entry, source, 2) == entry
     path.write_bytes(path.read_bytes() + b"\0")
     again = store.checked(entry, source, 2)
     assert again.image == b""
     store.put(again, levels(2))
-    assert not store.find(source, 2, 0).stored
+    assert not store.find(source, 2, 0).is_stored
 
 
 @pytest.mark.parametrize("file", ["index", "features"])
@@ -289,7 +289,7 @@ def test_an_entry_whose_row_was_not_written_yet_is_no_hit(tmp_path, source):
     store = Store(PLAN, open_folder(tmp_path / "cache", {"what": 2}, PLAN))
     entry = store.find(source, 0, 0)
     store._write(entry.slot, torch.rand(PLAN.record // 4).view(torch.uint8).numpy())
-    assert not store.find(source, 0, 0).stored
+    assert not store.find(source, 0, 0).is_stored
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -357,7 +357,7 @@ def test_the_folder_follows_from_what_features_depend_on(what, source, monkeypat
     before = _name(config, detector, source)
     assert before == _name(config, detector, source)
     (CHANGES | KEPT)[what](config, detector, source)
-    reader = Reader(source.annotations, config.data["made"], train=True, seed=config.seed)
+    reader = SampleReader(source.annotations, config.data["made"], train=True, seed=config.seed)
     assert (_name(config, detector, reader) != before) == (what in CHANGES)
 
 
@@ -372,7 +372,7 @@ def test_views_depend_on_the_seed_and_flips_do_not(source):
         names = set()
         for seed in (0, 1):
             config.seed = seed
-            names.add(_name(config, detector, Reader(source.annotations, source.config, train=True, seed=seed)))
+            names.add(_name(config, detector, SampleReader(source.annotations, source.config, train=True, seed=seed)))
         assert (len(names) == 1) == same
 
 
@@ -407,7 +407,7 @@ def test_levels_come_back_as_they_were_stored(kind, tolerance, disk, source, tmp
     decoded = []
     for batch in loader:
         decoded.append(len(batch.images))
-        given = cache(batch).given
+        given = cache(batch).precomputed
         assert given.after == "neck" and list(given.levels) == ["p3", "p4"]
         assert given.levels["p3"].shape == (2, 3, 8, 8) and given.levels["p4"].shape == (2, 3, 4, 4)
         assert given.levels["p3"].is_contiguous(memory_format=torch.channels_last)
@@ -432,7 +432,7 @@ def test_a_bad_image_is_passed_over_as_without_the_cache(source):
         assert len(batch.bad_images) == 1
         for entry, target in zip(batch.entries, batch.targets, strict=True):
             assert entry.slot == target.image_id - 1
-            if not entry.stored:
+            if not entry.is_stored:
                 store.put(entry, levels(1.0))
     assert first == second == [1, 3, 3, 4]
 
@@ -453,7 +453,7 @@ def test_a_target_without_its_image_is_the_target_with_it(augment, source):
         (source.annotations, {"masks", "keypoints"}),
         (read_split(_semantic(source), "train", "made"), {"semantic"}),
     ):
-        reader = Reader(split, config, train=True, needs=frozenset(needs))
+        reader = SampleReader(split, config, train=True, needs=frozenset(needs))
         for index in range(4):
             for epoch in range(3):
                 fields_equal(reader.read(index, epoch, step=7)[1], reader.target(index, epoch, step=7))
@@ -468,14 +468,14 @@ def _semantic(source):
 
 def test_views_come_in_turn_and_variants_tell_the_flips(source):
     config = dataclasses.replace(source.config, augment="default", views=3)
-    reader = Reader(source.annotations, config, train=True)
+    reader = SampleReader(source.annotations, config, train=True)
     assert reader.variants() == 3 and [reader.variant(0, e) for e in range(5)] == [0, 1, 2, 0, 1]
     images = [reader.read(0, epoch)[0] for epoch in range(6)]
     assert all(torch.equal(images[e], images[e + 3]) for e in range(3))
     assert len({i.shape for i in images[:3]} | {hash(i.numpy().tobytes()) for i in images[:3]}) > 2
     flips = [{"type": "HorizontalFlip"}, {"type": "VerticalFlip"}]
-    reader = Reader(source.annotations, dataclasses.replace(config, augment=flips, views=None), train=True)
-    plain = Reader(source.annotations, dataclasses.replace(config, augment="none"), train=True).read(0)[0]
+    reader = SampleReader(source.annotations, dataclasses.replace(config, augment=flips, views=None), train=True)
+    plain = SampleReader(source.annotations, dataclasses.replace(config, augment="none"), train=True).read(0)[0]
     expected = [plain, plain.flip(2), plain.flip(1), plain.flip(1, 2)]
     found = [reader.variant(0, epoch) for epoch in range(20)]
     assert set(found) == {0, 1, 2, 3}

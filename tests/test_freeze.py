@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from learning import bits_differ, copy_state, learn, made_batch, make_learner, small_config, small_detector, switch
+from learning import bits_differ, copy_state, learn, made_batch, make_state, small_config, small_detector, switch
 from processes import run_ranks
 from torch import nn
 
@@ -60,7 +60,7 @@ def test_frozen_is_bit_exact_after_50_steps_and_the_rest_all_moved(
     config.ema = EmaConfig(decay, 0)
     detector = small_detector(config)
     before = copy_state(detector)
-    learner = make_learner(config, detector, frozen)
+    learner = make_state(config, detector, frozen)
     for step in range(0, 50, 2):
         learn(learner, 2, first=step, lr=1e-3)
         if evaluate:
@@ -83,7 +83,7 @@ def _two_ranks():
         config.ema = EmaConfig(0.9, 0)
         detector = small_detector(config)
         before = copy_state(detector)
-        learner = make_learner(config, detector, frozen)
+        learner = make_state(config, detector, frozen)
         learn(learner, 50, lr=1e-3)
         changed[str(frozen)] = bits_differ(before, copy_state(detector))
         finals[str(frozen)] = freeze.digests(detector.state_dict(), detector.state_dict())
@@ -112,7 +112,7 @@ def test_evaluation_changes_nothing_of_the_run():
     for evaluate in (False, True):
         config = small_config()
         config.ema = EmaConfig(0.9, 0)
-        learner = make_learner(config, small_detector(config), STEM)
+        learner = make_state(config, small_detector(config), STEM)
         torch.manual_seed(3)
         for step in range(6):
             learn(learner, 1, first=step)
@@ -159,7 +159,7 @@ class Odd(nn.Module):
 def test_bare_parameters_instance_norm_dropout_and_constants_rest_too():
     detector = small_detector(small_config())
     detector.heads["objects"].odd = Odd()
-    detector.constant = frozenset({"heads.objects.odd.fixed"})
+    detector.always_fixed = frozenset({"heads.objects.odd.fixed"})
     odd = detector.heads["objects"].odd
     detector.freeze(["heads.objects.odd"]).train()
     state = copy_state(detector)
@@ -182,7 +182,7 @@ def test_the_two_norm_switches_are_independent(part, statistics, affine):
     config.neck.norm = "bn"
     chosen = {"backbone": config.backbone, "neck": config.neck, "heads.objects": config.heads["objects"]}[part]
     chosen.norm_eval, chosen.norm_affine = statistics, affine
-    learner = make_learner(config, small_detector(config), [])
+    learner = make_state(config, small_detector(config), [])
     before = copy_state(learner.detector)
     learn(learner, 3, lr=0.3, boxes=6)
     moved = bits_differ(before, copy_state(learner.detector))
@@ -210,7 +210,7 @@ def test_a_switch_that_changes_nothing_equals_no_switch_to_the_bit():
         config = small_config()
         config.optimizer.type = "adamw"
         config.ema = EmaConfig(0.9, 5)
-        learner = make_learner(config, small_detector(config), STEM)
+        learner = make_state(config, small_detector(config), STEM)
         learn(learner, 4)
         if switches:
             switch(learner, config, STEM)
@@ -222,7 +222,7 @@ def test_a_switch_that_changes_nothing_equals_no_switch_to_the_bit():
 
 def test_momentum_is_kept_by_name_through_a_real_switch():
     config = small_config()
-    learner = make_learner(config, small_detector(config), ALL_SHARED)
+    learner = make_state(config, small_detector(config), ALL_SHARED)
     learn(learner, 3)
     kept = {n: s["momentum_buffer"].clone() for n, s in optim.state_by_name(learner.optimizer).items()}
     switch(learner, config, STEM)
@@ -238,7 +238,7 @@ def test_momentum_is_kept_by_name_through_a_real_switch():
 def changed_after(plant, *, frozen=ALL_SHARED, steps=3):
     config = small_config()
     config.optimizer.weight_decay = 0.1
-    learner = make_learner(config, small_detector(config), [])
+    learner = make_state(config, small_detector(config), [])
     learn(learner, 2)  # momentum and gradients are there when freezing comes
     switch(learner, config, frozen)
     known = freeze.digests(learner.detector.state_dict(), expected_frozen(learner.detector, frozen))
@@ -300,7 +300,7 @@ def test_a_gradient_from_before_the_freeze_is_dropped():
 
 def _unfreeze(rewrap):
     config = small_config()
-    learner = make_learner(config, small_detector(config), STEM)
+    learner = make_state(config, small_detector(config), STEM)
     learn(learner, 2)
     model = learner.model
     switch(learner, config, [])

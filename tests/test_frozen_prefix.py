@@ -8,7 +8,7 @@ import importlib
 
 import pytest
 import torch
-from learning import bits_differ, copy_state, learn, made_batch, make_learner, small_config, small_detector
+from learning import bits_differ, copy_state, learn, made_batch, make_state, small_config, small_detector
 from runs import tiny_config
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
@@ -17,7 +17,7 @@ from detbb.config.schema import TrainConfig
 from detbb.detector import view
 from detbb.feature_cache.frozen_prefix import FrozenPrefix, folded, last_frozen
 from detbb.modeling.norm import SyncBatchNorm
-from detbb.structures.batch import Given
+from detbb.structures.batch import PrecomputedFeatures
 
 training = importlib.import_module("detbb.training.loop")
 STEM = ["backbone.stem", "backbone.layer1"]
@@ -92,7 +92,7 @@ def test_folded_losses_and_gradients_agree_and_no_tensor_changes(arch, norm, fro
     plain, plain_gradients = losses_and_gradients(detector, made_batch(0))
     prefix = FrozenPrefix(detector, TrainConfig())
     batch = prefix(made_batch(0))
-    assert not any(level.requires_grad for level in batch.given.levels.values())
+    assert not any(level.requires_grad for level in batch.precomputed.levels.values())
     fast, gradients = losses_and_gradients(detector, batch)
     assert gradients.keys() == plain_gradients.keys()
     assert max(relative(fast[n], plain[n]) for n in plain) < 1e-5
@@ -113,11 +113,11 @@ def test_copies_are_there_while_they_are_needed_and_come_back_with_the_same_bits
     detector, batch = detector_with(ALL), made_batch(0)
     prefix = FrozenPrefix(detector, TrainConfig())
     assert not prefix._stages
-    first = prefix(batch).given.levels
+    first = prefix(batch).precomputed.levels
     assert prefix._stages and prefix._neck is not None
-    prefix.rest()
+    prefix.release()
     assert not prefix._stages and prefix._neck is None
-    assert bits_differ(first, prefix(batch).given.levels) == set()
+    assert bits_differ(first, prefix(batch).precomputed.levels) == set()
 
 
 class ConvNorm(nn.Sequential):
@@ -175,9 +175,9 @@ def test_other_precisions_compute_in_theirs(precision, dtype, tolerance):
         detector.double()
     config = TrainConfig(precision=precision)
     batch = made_batch(0)
-    fast = FrozenPrefix(detector, config)(batch).given.levels
+    fast = FrozenPrefix(detector, config)(batch).precomputed.levels
     config.fold_frozen = "off"
-    plain = FrozenPrefix(detector, config)(batch).given.levels
+    plain = FrozenPrefix(detector, config)(batch).precomputed.levels
     for name in ("p3", "p4", "p5"):
         assert fast[name].dtype == plain[name].dtype == dtype
         assert relative(fast[name], plain[name]) < tolerance
@@ -188,7 +188,7 @@ def test_nothing_of_it_is_in_the_detector_and_prediction_keeps_its_bits():
     batch = made_batch(0)
     keys, modules = list(detector.state_dict()), len(list(detector.modules()))
     before = view(detector).predict(batch.images, batch.sizes)["objects"]
-    learner = make_learner(small_config(), detector, ALL)
+    learner = make_state(small_config(), detector, ALL)
     learner.prefix = FrozenPrefix(detector, learner.config)
     learn(learner, 1, lr=0.0)
     assert list(detector.state_dict()) == keys and len(list(detector.modules())) == modules
@@ -200,7 +200,7 @@ def test_nothing_of_it_is_in_the_detector_and_prediction_keeps_its_bits():
 @pytest.mark.parametrize("frozen", [STEM, ALL])
 def test_frozen_is_bit_exact_after_steps_with_the_prefix_and_the_rest_moves(frozen):
     detector = detector_with(frozen)
-    learner = make_learner(small_config(), detector, frozen)
+    learner = make_state(small_config(), detector, frozen)
     learner.prefix = FrozenPrefix(detector, learner.config)
     before = copy_state(detector)
     learn(learner, 5)
@@ -233,10 +233,10 @@ def test_compile_falls_back_with_one_line(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     detector, said = detector_with(ALL), []
-    prefix = FrozenPrefix(detector, TrainConfig(compile=True), say=said.append)
-    expected = FrozenPrefix(detector, TrainConfig())(made_batch(0)).given.levels
+    prefix = FrozenPrefix(detector, TrainConfig(compile=True), log=said.append)
+    expected = FrozenPrefix(detector, TrainConfig())(made_batch(0)).precomputed.levels
     for _ in range(2):
-        got = prefix(made_batch(0)).given.levels
+        got = prefix(made_batch(0)).precomputed.levels
         assert max(relative(got[n], expected[n]) for n in expected) < 1e-5
     assert said == ["WARNING: train.compile: the frozen prefix runs uncompiled: RuntimeError: no compiler at all"]
 
@@ -265,10 +265,10 @@ def test_prefix_and_trained_part_are_one_graph_each(monkeypatch):
     said: list[str] = []
     detector = detector_with(STEM)
     plain, _ = losses_and_gradients(copy.deepcopy(detector), made_batch(0))
-    batch = FrozenPrefix(detector, TrainConfig(compile=True), say=said.append)(made_batch(0))
+    batch = FrozenPrefix(detector, TrainConfig(compile=True), log=said.append)(made_batch(0))
     detector.compiled = training.compiled(detector.resume, "what is trained", said.append)
     losses, gradients = losses_and_gradients(detector, batch)
-    assert said == [] and len(gradients) == len(detector.trained())
+    assert said == [] and len(gradients) == len(detector.trainable_parameters())
     assert max(relative(losses[n], plain[n]) for n in plain) < 1e-5
-    predicted = detector.eval().resume(Given("", {"": detector.normalize(batch.images, batch.sizes)}))
+    predicted = detector.eval().resume(PrecomputedFeatures("", {"": detector.normalize(batch.images, batch.sizes)}))
     assert set(predicted) >= {"p3", "p4", "p5"}

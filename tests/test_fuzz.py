@@ -33,7 +33,7 @@ from detbb.checkpoint.content import open_checkpoint, restore_detector
 from detbb.core.errors import UserError
 from detbb.data.doctor.examine import examine
 from detbb.data.images import image_header, read_image, read_index_png
-from detbb.data.loader import Reader, eval_loader
+from detbb.data.loader import SampleReader, eval_loader
 from detbb.heads.loading import load_config
 from detbb.metrics.evaluators import CocoEvaluator
 from detbb.modeling.backbones.resnet import build_resnet
@@ -167,7 +167,7 @@ def use_data(data_set: DataSet, text: str | bytes) -> None:
     report.check()
     (found,) = report.annotations("train").values()
     needs = frozenset({"masks", "keypoints"} & {need for need in ("masks", "keypoints") if found.has(need)})
-    reader = Reader(found, source, train=True, needs=needs)
+    reader = SampleReader(found, source, train=True, needs=needs)
     for index in range(len(found)):
         reader.read(index, epoch=index)
     for split in ("train", "val"):

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from heads_support import CLASSES, make_batch, make_features, make_head, make_spec
+from head_cases import CLASSES, make_batch, make_features, make_head, make_spec
 from torch.utils._pytree import tree_leaves
 
 import detbb.distributed.collectives

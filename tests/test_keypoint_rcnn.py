@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.models.detection import KeypointRCNN
 from torchvision.ops import MultiScaleRoIAlign
-from two_stage_support import (
+from two_stage import (
     KEYPOINTS,
     assert_equals_torchvision,
     assert_precisions,

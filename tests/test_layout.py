@@ -19,17 +19,24 @@ from detbb.heads.loading import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = sorted((REPOSITORY / "detbb").rglob("*.py"))
-# What puts the parts together may import widely; everything else knows its neighbours.
-WIDE = {
-    "detbb.training.loop",
-    "detbb.training.run",
-    "detbb.inference.evaluate",
-    "detbb.inference.predict",
-    "detbb.training.setup",
-    "detbb.checkpoint.content",
-    "detbb.inference.export",
-}
-MOST_IMPORTS = 12
+# Imports run one way only: a folder may import those that stand before it here.
+ORDER = (
+    "core",  # errors, files, the command line
+    "structures",  # what flows: annotations, batches, predictions, class lists
+    "config",
+    "distributed",
+    "data",
+    "modeling",
+    "metrics",
+    "heads",
+    "freeze",
+    "detector",
+    "checkpoint",
+    "feature_cache",
+    "report",
+    "inference",
+    "training",
+)
 
 
 def module_name(path: Path) -> str:
@@ -51,10 +58,11 @@ def module_level(nodes: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 @cache
-def imports(module: str) -> frozenset[str]:
-    """The modules of detbb that `module` imports by name when it is imported."""
+def imports(module: str, *, hidden: bool = False) -> frozenset[str]:
+    """The modules of detbb that `module` imports by name when it is imported; hidden: in any statement."""
     found = set()
-    for node in module_level(ast.parse(MODULES[module].read_text()).body):
+    tree = ast.parse(MODULES[module].read_text())
+    for node in ast.walk(tree) if hidden else module_level(tree.body):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -71,29 +79,30 @@ def test_no_import_cycles():
         pytest.fail(f"import cycle: {' -> '.join(reversed(error.args[1]))}")
 
 
-def test_only_what_puts_the_parts_together_imports_widely():
-    wide = {m: len(imports(m)) for m in MODULES if len(imports(m)) > MOST_IMPORTS and m not in WIDE}
-    assert not wide, f"more than {MOST_IMPORTS} imports from detbb: {wide}"
+def folder(module: str) -> str:
+    return module.split(".")[1]
 
 
-def test_nothing_below_imports_what_is_above():
-    """data, backbone, neck and heads know nothing of the detector, the loop or the commands."""
-    low = [m for m in MODULES if m.split(".")[1:2] in (["data"], ["heads"], ["backbone"], ["neck"], ["norm"])]
-    above = {
-        "detbb.detector",
-        "detbb.freeze",
-        "detbb.checkpoint.content",
-        "detbb.training.step",
-        "detbb.core.cli",
-    } | WIDE
-    assert len(low) > 10
-    assert not {m: imports(m) & above for m in low if imports(m) & above}
+def test_every_folder_has_its_place():
+    assert {folder(m) for m in MODULES if "." in m} == set(ORDER)
+
+
+def test_imports_between_folders_run_one_way():
+    """Also those inside functions and under TYPE_CHECKING: nothing is hidden to break a circle."""
+    upward = [
+        f"{module} imports {other}"
+        for module in MODULES
+        if "." in module
+        for other in imports(module, hidden=True)
+        if "." in other and ORDER.index(folder(other)) > ORDER.index(folder(module))
+    ]
+    assert not upward
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_files_and_functions_are_small(path: Path):
     text = path.read_text()
-    assert text.count("\n") <= 300
+    assert text.count("\n") <= 400
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
@@ -101,12 +110,13 @@ def test_files_and_functions_are_small(path: Path):
 
 
 def test_import_detbb_is_instant_and_its_names_are_there():
-    """Three of the names are also modules; as attributes of the package they are the functions, always."""
+    """The names are there whichever modules were imported before."""
     code = """
 import sys, detbb
 assert not {"torch", "numpy", "yaml"} & set(sys.modules)
 import detbb.training.loop, detbb.inference.evaluate, detbb.inference.predict
-from detbb import load_config, build_detector, load_detector, train, evaluate, predict, build_resnet, build_resnet_c4, SyncBatchNorm, Ema, HEADS, Head
+from detbb import load_config, build_detector, load_detector, train, evaluate, predict
+from detbb import build_resnet, build_resnet_c4, SyncBatchNorm, Ema, HEADS, Head
 names = [load_config, build_detector, load_detector, train, evaluate, predict, build_resnet, build_resnet_c4]
 assert all(type(f).__name__ == "function" for f in names), names
 assert issubclass(HEADS["fcos"], Head) and set(detbb.__all__) <= set(dir(detbb))

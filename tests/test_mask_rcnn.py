@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torchvision.models.detection import MaskRCNN
 from torchvision.ops import MultiScaleRoIAlign
-from two_stage_support import (
+from two_stage import (
     assert_equals_torchvision,
     assert_precisions,
     assert_trains_without_boxes,

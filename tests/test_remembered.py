@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_support import box, write_coco
+from datasets import box, write_coco
 
 from detbb.core.errors import UserError
 from detbb.data.formats import annotation_cache as remembered

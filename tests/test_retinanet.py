@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from heads_support import (
+from head_cases import (
     assert_equals_torchvision,
     make_batch,
     make_features,

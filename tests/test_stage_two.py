@@ -44,9 +44,9 @@ def second(tmp_path_factory, data, base):
 
 
 @pytest.fixture(scope="module")
-def carrying(tmp_path_factory, data, base):
+def inheriting(tmp_path_factory, data, base):
     """Stage two that forgets the first head."""
-    folder = tmp_path_factory.mktemp("carrying")
+    folder = tmp_path_factory.mktemp("inheriting")
     return train(stage(folder, data, {"second": SECOND}, "freeze=[backbone, neck]", base=base))
 
 
@@ -97,17 +97,17 @@ def test_best_follows_the_branch_that_learns(tmp_path, data, base):
     assert load(tmp_path / "run", "best")["step"] == max(scores, key=scores.get) and len(set(scores.values())) > 1
 
 
-def test_a_head_that_the_config_forgets_is_carried_along(tmp_path, base, carrying):
-    run = carrying.parents[1]
+def test_a_head_that_the_config_forgets_is_inherited(tmp_path, base, inheriting):
+    run = inheriting.parents[1]
     before, after = load(base.parents[1]), load(run)
     assert evaluated(before, "") == {n: d for n, d in evaluated(after, "").items() if not n.startswith("heads.second")}
-    assert after["config"]["carried"] == ["first"] and after["classes"]["first"] == before["classes"]["first"]
-    assert "carried along untouched, not listed in this config: first" in (run / "log.txt").read_text()
+    assert after["config"]["inherited_heads"] == ["first"] and after["classes"]["first"] == before["classes"]["first"]
+    assert "inherited_heads along untouched, not listed in this config: first" in (run / "log.txt").read_text()
     assert [p.name for p in (run / "eval" / "step_0000006").iterdir()] == ["second"]
-    assert results(carrying, tmp_path / "after")["first"] == results(base, tmp_path / "before")["first"]
+    assert results(inheriting, tmp_path / "after")["first"] == results(base, tmp_path / "before")["first"]
 
 
-def test_a_carried_head_keeps_its_own_data_where_the_name_means_something_else(tmp_path, data, base):
+def test_an_inherited_head_keeps_its_own_data_where_the_name_means_something_else(tmp_path, data, base):
     config = stage(
         tmp_path, data, {"third": THIRD}, "data.boxes.image_size=[96, 96]", "freeze=[backbone, neck]", base=base
     )
@@ -122,8 +122,10 @@ def test_a_carried_head_keeps_its_own_data_where_the_name_means_something_else(t
     )
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["the file without the carried head", "the run's config.yaml"])
-def test_a_stage_that_carries_heads_resumes_to_the_same_bits(monkeypatch, tmp_path, data, base, carrying, own):
+@pytest.mark.parametrize(
+    "own", [False, True], ids=["the file without the inherited_heads head", "the run's config.yaml"]
+)
+def test_a_stage_that_carries_heads_resumes_to_the_same_bits(monkeypatch, tmp_path, data, base, inheriting, own):
     training = importlib.import_module("detbb.training.loop")  # the package's attribute is the function
     learn = training.train_step
 
@@ -138,19 +140,19 @@ def test_a_stage_that_carries_heads_resumes_to_the_same_bits(monkeypatch, tmp_pa
             train(stage(tmp_path, data, {"second": SECOND}, "freeze=[backbone, neck]", base=base))
     config = stage(tmp_path, data, {"second": SECOND}, "freeze=[backbone, neck]", base=base)
     train(load_config(tmp_path / "run" / "config.yaml") if own else config, resume="auto")
-    assert learned(tmp_path / "run") == learned(carrying.parents[1])
+    assert learned(tmp_path / "run") == learned(inheriting.parents[1])
     assert "resuming with another" not in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_the_config_of_a_stage_that_carries_heads_trains_the_same_run_again(tmp_path, carrying):
-    config = load_config(carrying.parents[1] / "config.yaml", [f"output_dir={tmp_path / 'run'}"])
+def test_the_config_of_a_stage_that_carries_heads_trains_the_same_run_again(tmp_path, inheriting):
+    config = load_config(inheriting.parents[1] / "config.yaml", [f"output_dir={tmp_path / 'run'}"])
     train(config)
-    assert learned(tmp_path / "run") == learned(carrying.parents[1])
+    assert learned(tmp_path / "run") == learned(inheriting.parents[1])
 
 
 def test_a_third_stage_leaves_both_branches_as_they_were(tmp_path, data, second):
     last = train(stage(tmp_path, data, {"third": THIRD}, "freeze=[backbone, neck]", base=second))
-    assert load(last.parents[1])["config"]["carried"] == ["first", "second"]
+    assert load(last.parents[1])["config"]["inherited_heads"] == ["first", "second"]
     before, after = results(second, tmp_path / "before"), results(last, tmp_path / "after")
     assert set(after) == {"first", "second", "third"} and before == {n: after[n] for n in ("first", "second")}
 
@@ -178,7 +180,7 @@ def test_a_changed_class_list_starts_only_the_last_layer_afresh(tmp_path, data, 
         ({"second": SECOND.replace("p3, p4", "p2, p3")}, ["freeze=[backbone, neck]", "neck.allow_random=false"],
          "neck has random weights"),
         ({"first": FIRST}, ["neck.channels=16"], "neck.* has shape"),
-        ({"first": FIRST, "gone": FIRST}, ["carried=[gone]"], "'gone' is no head of what the run starts from"),
+        ({"first": FIRST, "gone": FIRST}, ["inherited_heads=[gone]"], "'gone' is no head of what the run starts from"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_at_the_start(tmp_path, data, base, heads, overrides, message):
@@ -204,8 +206,8 @@ def test_weights_fill_only_what_the_checkpoint_lacks(tmp_path, data, base):
     assert before.items() <= evaluated(load(last.parents[1]), "backbone.").items() and len(before) < 100
 
 
-def test_a_file_config_evaluates_the_carried_heads_too(tmp_path, base, carrying):
+def test_a_file_config_evaluates_inherited_heads_too(tmp_path, base, inheriting):
     text = yaml.safe_load((base.parents[1] / "config.yaml").read_text())
     (tmp_path / "first.yaml").write_text(yaml.safe_dump(text))
-    found = evaluate(carrying, config=tmp_path / "first.yaml")
+    found = evaluate(inheriting, config=tmp_path / "first.yaml")
     assert {name.split("/")[0] for name in found} == {"first", "second"}

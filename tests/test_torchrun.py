@@ -67,7 +67,7 @@ class Job:
 def torchrun(file: Path, output: Path, *options: str, arguments: tuple[str, ...] = ()) -> Job:
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "tools" / "train.py")]
     command += ["--config", str(file), "--resume", *OPTIONS, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests" / "support")}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int("--standalone" not in options))  # as the scripts do
     with output.open("w") as stream:
         return Job(subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment), output)

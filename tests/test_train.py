@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from learning import learn, make_learner, small_config, small_detector
+from learning import learn, make_state, small_config, small_detector
 from runs import flat, learned, lines, load, tiny_config
 
 from detbb.checkpoint.content import KEYS, load_detector
@@ -22,7 +22,7 @@ from detbb.freeze import FrozenTensorChanged
 from detbb.inference.evaluate import evaluate
 from detbb.report.freeze_report import FreezeJournal
 from detbb.training.loop import train
-from detbb.training.resuming import Start, enter_run_folder
+from detbb.training.resuming import ResumePoint, claim_run_folder
 from detbb.training.step import NonFinite
 
 # The package's attributes of these names are the functions.
@@ -206,10 +206,10 @@ def test_a_source_that_cannot_be_read_is_refused_at_the_start(tmp_path, images):
 
 def test_two_starts_at_once_are_one_run(tmp_path):
     config = tiny_config(tmp_path)
-    folder, start = CheckpointFolder(tmp_path / "run" / "checkpoints", 2), Start(None, [])
-    enter_run_folder(config, start, folder)
+    folder, start = CheckpointFolder(tmp_path / "run" / "checkpoints", 2), ResumePoint(None, [])
+    claim_run_folder(config, start, folder)
     with pytest.raises(UserError, match="already holds a run"):
-        enter_run_folder(config, start, folder)
+        claim_run_folder(config, start, folder)
 
 
 def test_a_refused_resume_leaves_the_folder_as_it_was(tmp_path, images):
@@ -326,8 +326,10 @@ def test_a_mask_of_infinities_is_no_fault_and_has_no_average(monkeypatch, tmp_pa
 
 def test_a_source_that_seldom_has_its_turn_is_waited_for():
     said = []
-    learner = make_learner(small_config(), small_detector(small_config()), [])
-    run = SimpleNamespace(learner=learner, log=SimpleNamespace(info=said.append), journal=SimpleNamespace(find=len))
+    learner = make_state(small_config(), small_detector(small_config()), [])
+    run = SimpleNamespace(
+        learner=learner, log=SimpleNamespace(info=said.append), journal=SimpleNamespace(add_finding=len)
+    )
     name = "backbone.conv1.weight"
     assert training.check_gradients(run, {name}, {"often": 40, "seldom": 9}) == {name} and not said
     assert training.check_gradients(run, {name}, {"often": 41, "seldom": 10}) == set()
@@ -401,7 +403,7 @@ def test_skipping_leaves_no_trace_and_has_a_limit(monkeypatch, tmp_path, images)
 
 def test_fp16_scaling_ends_a_run_whose_gradients_stay_non_finite(tmp_path):
     """An overflow halves the scale and is no fault; with a scale below 1 it is one."""
-    learner = make_learner(small_config(), small_detector(small_config()), [])
+    learner = make_state(small_config(), small_detector(small_config()), [])
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     next(p for p in learner.detector.parameters() if p.requires_grad).register_hook(lambda g: g * float("nan"))
     learn(learner, 2, folder=tmp_path)

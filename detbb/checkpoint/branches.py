@@ -15,16 +15,24 @@ from typing import Any
 from torch import Tensor
 
 from detbb import freeze
-from detbb.checkpoint.content import FORM, FORMAT_VERSION, carry, evaluated_state, open_checkpoint, restore_detector
+from detbb.checkpoint.content import (
+    FORM,
+    FORMAT_VERSION,
+    evaluated_state,
+    inherit_head,
+    open_checkpoint,
+    restore_detector,
+    upgraded,
+)
 from detbb.config.loading import config_to_dict
 from detbb.config.schema import Config
 from detbb.core.errors import UserError, unknown_name
 from detbb.core.files import BadFile, check_output, load_tensors, save_tensors
-from detbb.core.schema import mismatch
+from detbb.core.schema import find_error
 from detbb.detector import build_detector
 from detbb.heads.loading import config_from_dict
 
-BRANCH_FORM: dict[str, Any] = {  # as `schema.mismatch` reads it
+BRANCH_FORM: dict[str, Any] = {  # as `schema.find_error` reads it
     "format_version": int,
     "kind": str,
     "head": str,
@@ -43,14 +51,14 @@ def read_branch(path: Path | str) -> dict[str, Any]:
     Raises: UserError: not a whole branch file; says why.
     """
     try:
-        content = load_tensors(Path(path))
+        content = upgraded(load_tensors(Path(path)))
     except BadFile as error:
         raise UserError(f"branch {error}") from error
     if not isinstance(content, dict) or content.get("kind") != "branch":
         raise UserError(f"{path}: not a branch file; `tools/checkpoint.py extract CKPT --head NAME -o FILE` makes one")
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: branch format {content.get('format_version')!r}, this version reads {FORMAT_VERSION}")
-    wrong = mismatch(content, BRANCH_FORM)
+    wrong = find_error(content, BRANCH_FORM)
     if wrong is None and content["shared"]["digest"] != digest_of(content["shared"]["tensors"]):
         wrong = "its digests do not fit together"
     if wrong is not None:
@@ -95,8 +103,8 @@ def attach(
 ) -> list[str]:
     """Write the checkpoint with these branches added, and say what was done.
 
-    All that the checkpoint holds stays as it is; the branches come as carried, frozen heads. head: another name for the
-    branch of a single file. force: also onto tensors that are not, to the bit, those the branch was trained on.
+    All that the checkpoint holds stays as it is; the branches come as inherited, frozen heads. head: another name for
+    the branch of a single file. force: also onto tensors that are not, to the bit, those the branch was trained on.
 
     Raises: UserError: a file cannot be used; a name is taken; the backbone or neck differs; `output` exists.
     """
@@ -120,7 +128,7 @@ def attach(
             lines.append(f"WARNING: {file}: {problem}; measure it with tools/eval.py before you use it")
         stored = config_from_dict(branch["config"], origin=f"the config stored in {file}")
         own = stored.heads[branch["head"]]
-        carry(config, name, own, stored.data[own.data])
+        inherit_head(config, name, own, stored.data[own.data])
         tensors = {f"heads.{name}.{n}": tensor for n, tensor in branch["tensors"].items()}
         content["model"].update(tensors)
         content["classes"][name] = branch["classes"]
@@ -187,7 +195,7 @@ def _reduced(content: Mapping[str, Any], heads: Sequence[str]) -> tuple[Config, 
     config.heads = {n: head for n, head in config.heads.items() if n in heads}
     used = {head.data for head in config.heads.values()}
     config.data = {n: source for n, source in config.data.items() if n in used}
-    config.carried = [n for n in config.carried if n in heads]
+    config.inherited_heads = [n for n in config.inherited_heads if n in heads]
     if config.eval.best is not None and config.eval.best.partition("/")[0] not in heads:
         config.eval.best = None
     bare = replace(config, freeze=[], phases=[])  # these may name parts that no head needs any more

@@ -19,16 +19,16 @@ from detbb import freeze
 from detbb.config.schema import Config, DataConfig
 from detbb.core.errors import UserError, unknown_name
 from detbb.core.files import BadFile, load_tensors
-from detbb.core.schema import mismatch
+from detbb.core.schema import find_error
 from detbb.detector import Detector, build_detector, view
 from detbb.heads import HeadConfig
 from detbb.heads.loading import config_from_dict
 from detbb.structures.class_list import ClassList
 
-FORMAT_VERSION = 1
-FORM: dict[str, Any] = {  # as `schema.mismatch` reads it
+FORMAT_VERSION = 2
+FORM: dict[str, Any] = {  # as `schema.find_error` reads it
     "format_version": int,
-    "config": {"heads": {str: {"type": str, "data": str, ...: object}}, "carried": [str], ...: object},
+    "config": {"heads": {str: {"type": str, "data": str, ...: object}}, "inherited_heads": [str], ...: object},
     "step": int,
     "phase": int,
     "model": {str: Tensor},
@@ -63,14 +63,22 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     Raises: BadFile: not a whole detbb checkpoint; says why.
     """
     path = Path(path)
-    content = load_tensors(path)
+    content = upgraded(load_tensors(path))
     if not isinstance(content, dict) or set(content) != set(KEYS):
         raise BadFile(f"{path}: not a detbb checkpoint (needs the keys {', '.join(KEYS)})")
     if content["format_version"] != FORMAT_VERSION:
         raise BadFile(f"{path}: checkpoint format {content['format_version']!r}, this version reads {FORMAT_VERSION}")
-    wrong = mismatch(content, FORM) or _contradiction(content)
+    wrong = find_error(content, FORM) or _contradiction(content)
     if wrong is not None:
         raise BadFile(f"{path}: not a whole detbb checkpoint: {wrong}")
+    return content
+
+
+def upgraded(content: Any) -> Any:
+    """What an older version of detbb wrote, in today's form; anything else as it is."""
+    if isinstance(content, dict) and content.get("format_version") == 1 and isinstance(content.get("config"), dict):
+        content["format_version"] = 2
+        content["config"]["inherited_heads"] = content["config"].pop("carried", [])
     return content
 
 
@@ -121,7 +129,7 @@ class InitReport:
     loaded: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)  # not in the checkpoint
     reset: list[str] = field(default_factory=list)  # last layers whose class count changed
-    carried: list[str] = field(default_factory=list)  # heads kept although the config does not list them
+    inherited_heads: list[str] = field(default_factory=list)  # heads kept although the config does not list them
     averaged: bool = False  # the values are the checkpoint's averages, which is what it was evaluated with
 
     def lines(self) -> list[str]:
@@ -130,8 +138,8 @@ class InitReport:
         for title, names in (("start fresh", self.fresh), ("start fresh, the class count changed", self.reset)):
             if names:
                 lines.append(f"  {len(names)} {title}: {', '.join(sorted({_part(n) for n in names}))}")
-        if self.carried:
-            lines.append(f"  carried along untouched, not listed in this config: {', '.join(self.carried)}")
+        if self.inherited_heads:
+            lines.append(f"  inherited untouched, not listed in this config: {', '.join(self.inherited_heads)}")
         return lines
 
 
@@ -144,22 +152,22 @@ def evaluated_state(checkpoint: Mapping[str, Any], weights: str | None = None) -
     return {name: averages[name].to(tensor.dtype) if name in averages else tensor for name, tensor in model.items()}
 
 
-def add_carried_heads(
+def add_inherited_heads(
     config: Config, checkpoint: Mapping[str, Any], *, only: Collection[str] | None = None
 ) -> dict[str, ClassList]:
-    """Enter the checkpoint's heads that `config` does not list (of these, `only`) as carried ones.
+    """Enter the checkpoint's heads that `config` does not list (of these, `only`) as inherited ones.
 
-    Returns the classes of all carried heads, those included that `config` names already (a run's own config.yaml does).
+    Returns the classes of all inherited heads, also of those that `config` names already (a run's own config.yaml).
     """
     stored = stored_config(checkpoint)
     for name, head in stored.heads.items():
         if name not in config.heads and (only is None or name in only):
-            carry(config, name, head, stored.data[head.data])
-    return {n: ClassList.of(checkpoint["classes"][n]) for n in config.carried if n in checkpoint["classes"]}
+            inherit_head(config, name, head, stored.data[head.data])
+    return {n: ClassList.of(checkpoint["classes"][n]) for n in config.inherited_heads if n in checkpoint["classes"]}
 
 
-def carry(config: Config, name: str, head: HeadConfig, source: DataConfig) -> None:
-    """Enter a head as a carried one.
+def inherit_head(config: Config, name: str, head: HeadConfig, source: DataConfig) -> None:
+    """Enter a head as an inherited one.
 
     Its data comes along under its own name, or `<head>_<name>` where that name means something else here.
     """
@@ -167,7 +175,7 @@ def carry(config: Config, name: str, head: HeadConfig, source: DataConfig) -> No
         head.data = f"{name}_{head.data}"
     config.data[head.data] = source
     config.heads[name] = head
-    config.carried.append(name)
+    config.inherited_heads.append(name)
 
 
 def init_from(detector: Detector, checkpoint: Mapping[str, Any], source: str) -> InitReport:

@@ -68,7 +68,7 @@ class CheckpointFolder:
             raise UserError(f"--resume: no valid checkpoint in {self.folder}: {'; '.join(passed)}")
         return None if found is None else (*found, passed)
 
-    def go_on_from(self, source: Path, step: int) -> list[str]:
+    def make_newest(self, source: Path, step: int) -> list[str]:
         """Make `source`, a checkpoint of `step` from anywhere, the newest of the folder.
 
         A line if later checkpoints, or another one of that step, had to be set aside under another name.

@@ -137,8 +137,8 @@ def _parts(content: Mapping[str, Any], tensors: Mapping[str, Any], classes: Mapp
         about = []
         if head is not None:
             name = part.removeprefix("heads.")
-            carried = " (carried along)" if name in content["config"]["carried"] else ""
-            about = [head["type"] + carried, head["data"], some(classes[name]["names"])]
+            inherited = " (inherited)" if name in content["config"]["inherited_heads"] else ""
+            about = [head["type"] + inherited, head["data"], some(classes[name]["names"])]
         _add(table, part, f"{counts[part]:,}", f"{size:,}", *about)
     _add(table, "all", f"{counts.total():,}", f"{sizes.total():,}")
     return table

@@ -157,7 +157,7 @@ def _check_split(source: DataConfig, split: SplitConfig, at: str, fail: Fail) ->
 def _check_heads(config: Config, classes: dict[str, Any], fail: Fail) -> None:
     for name, head in config.heads.items():
         at = f"heads.{name}.data"
-        if name in config.carried:  # kept, not trained: its data may be elsewhere
+        if name in config.inherited_heads:  # kept, not trained: its data may be elsewhere
             continue
         if head.data not in config.data:
             fail(at, f"is {show(head.data)}, must be one of {', '.join(config.data)}{nearest(head.data, config.data)}")
@@ -169,9 +169,9 @@ def _check_heads(config: Config, classes: dict[str, Any], fail: Fail) -> None:
                 at,
                 f"is {show(head.data)} of format {source.format}, but type {head.type} needs {needs}: formats {valid}",
             )
-    for index, name in enumerate(config.carried):
+    for index, name in enumerate(config.inherited_heads):
         if name not in config.heads:
-            fail(f"carried[{index}]", f"is {show(name)}, must be one of {', '.join(config.heads)}")
+            fail(f"inherited_heads[{index}]", f"is {show(name)}, must be one of {', '.join(config.heads)}")
 
 
 def _check_head_numbers(config: Config, fail: Fail) -> None:

@@ -24,14 +24,14 @@ def plan_phases(config: Config, total_steps: int) -> list[Phase]:
 
     Raises: UserError: the phases are longer than the run, or shorter with no open last one.
     """
-    carried = tuple(f"heads.{name}" for name in config.carried)
+    inherited = tuple(f"heads.{name}" for name in config.inherited_heads)
     if not config.phases:
-        return [Phase(0, 0, total_steps, (*config.freeze, *carried))]
+        return [Phase(0, 0, total_steps, (*config.freeze, *inherited))]
     phases: list[Phase] = []
     start = 0
     for index, entry in enumerate(config.phases):
         end = total_steps if entry.steps is None else start + entry.steps
-        phases.append(Phase(index, start, end, (*entry.freeze, *carried)))
+        phases.append(Phase(index, start, end, (*entry.freeze, *inherited)))
         start = end
     if start != total_steps or any(p.start >= p.end for p in phases):
         raise UserError(

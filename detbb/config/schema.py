@@ -269,7 +269,7 @@ class Config:
     heads: dict[str, Any] = field(default_factory=dict)
     """The branches by name: `{type, data, …the head's own arguments}`; after loading, each is its head's config
     dataclass."""
-    carried: list[str] = field(default_factory=list)
+    inherited_heads: list[str] = field(default_factory=list)
     """Filled in by the run: heads of `init_from` that the file does not list. They are kept to the bit, and evaluated
     by `tools/eval.py` alone."""
     freeze: list[str] = field(default_factory=list)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from detbb.core.errors import PeerLost, Stopped, UserError, tell_torchrun
+from detbb.core.errors import ProcessLost, Stopped, UserError, tell_torchrun
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,7 +62,7 @@ def run(main: Callable[[], object]) -> NoReturn:
         sys.exit(130)
     except UserError as error:
         _fail(error, f"error: {' '.join(str(error).split())}", 2)
-    except PeerLost as error:
+    except ProcessLost as error:
         _fail(error, f"error: {error}", 1)
     except Exception as error:
         _fail(error, traceback.format_exc().rstrip(), 1)
@@ -87,13 +87,13 @@ def _fail(error: Exception, text: str, code: int) -> NoReturn:
     if "RANK" not in os.environ:
         print(text, file=sys.stderr)
         sys.exit(code)
-    rank, everywhere = os.environ["RANK"], getattr(error, "everywhere", False)
-    if not everywhere or rank == "0":
-        prefix = "" if everywhere else f"[rank {rank}] "
+    rank, same_on_all_ranks = os.environ["RANK"], getattr(error, "same_on_all_ranks", False)
+    if not same_on_all_ranks or rank == "0":
+        prefix = "" if same_on_all_ranks else f"[rank {rank}] "
         sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
     sys.stdout.flush()
     sys.stderr.flush()
-    if isinstance(error, PeerLost) or (everywhere and rank != "0"):
+    if isinstance(error, ProcessLost) or (same_on_all_ranks and rank != "0"):
         time.sleep(3)  # torchrun ends this process when it sees the one with the original error
     tell_torchrun(os.environ.get("TORCHELASTIC_ERROR_FILE"), text)
     os._exit(code)  # leaving the process group could wait for the others, who wait for this process

@@ -12,10 +12,10 @@ from contextlib import suppress
 class UserError(ValueError):
     """What the user gave cannot work: what is wrong, the value, what is valid, where. Commands exit with 2."""
 
-    everywhere = False  # every rank raises the same error, so one of them says it
+    same_on_all_ranks = False  # every rank raises the same error, so one of them says it
 
 
-class PeerLost(RuntimeError):
+class ProcessLost(RuntimeError):
     """Another process ended or gave no answer; the message says which. Its own error is the original one."""
 
 

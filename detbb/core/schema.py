@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 
-def mismatch(value: Any, form: Any, at: str = "") -> str | None:
+def find_error(value: Any, form: Any, at: str = "") -> str | None:
     """Where `value` has another form, as one phrase, or None.
 
     form: a type (`object`: anything); `{str: form}` a mapping; `{"key": form, …}` exactly these keys, or at least these
     if `...` is one of them; `[form]` a list; a tuple of alternatives (None stands for itself).
     """
     if isinstance(form, tuple):
-        tried = [mismatch(value, one, at) for one in form]
+        tried = [find_error(value, one, at) for one in form]
         return None if None in tried else tried[-1]
     if form is None or isinstance(form, type):
         fits = value is None if form is None else isinstance(value, form) and (form is not int or type(value) is int)
@@ -34,4 +34,4 @@ def mismatch(value: Any, form: Any, at: str = "") -> str | None:
         if differ := sorted(map(str, set(keys) - set(value) if ... in form else set(value) ^ set(keys))):
             return f"{at or 'it'} must have the keys {', '.join(keys)}; too many or too few: {', '.join(differ)[:200]}"
         items = [(f"{at}.{key}".lstrip("."), value[key], form[key]) for key in keys]
-    return next((found for name, item, one in items if (found := mismatch(item, one, name))), None)
+    return next((found for name, item, one in items if (found := find_error(item, one, name))), None)

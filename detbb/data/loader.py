@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from detbb.config.schema import Config, DataConfig
 from detbb.core.errors import UserError
 from detbb.data.images import BadImage
-from detbb.data.sample import Reader
-from detbb.data.sampler import MicroBatch, SampleKey, SampleOrder, StepSampler, Turns, mix
+from detbb.data.sample import SampleReader
+from detbb.data.sampler import MicroBatch, SampleKey, SampleOrder, SourceSchedule, StepSampler, hash_seed
 from detbb.structures.annotations import Annotations
-from detbb.structures.batch import Batch, Entry, Target, collate
+from detbb.structures.batch import Batch, CacheEntry, Target, collate
 
 if TYPE_CHECKING:
     from detbb.feature_cache.cache import Store
@@ -34,7 +34,7 @@ class TrainDataset(Dataset):
     """Images by SampleKey; whole micro-batches become a Batch."""
 
     def __init__(
-        self, readers: Mapping[str, Reader], stride: int = 32, *, stores: Mapping[str, Store] | None = None
+        self, readers: Mapping[str, SampleReader], stride: int = 32, *, stores: Mapping[str, Store] | None = None
     ) -> None:
         self._readers, self._stride, self._stores = readers, stride, stores or {}
         self._largest = {name: r.largest() for name, r in readers.items() if r.config.pad == "source"}
@@ -69,7 +69,7 @@ class TrainDataset(Dataset):
             sizes = [reader.size(k.index, k.epoch) for k in keys.everyone]
         return max((s[0] for s in sizes), default=0), max((s[1] for s in sizes), default=0)
 
-    def _read(self, key: SampleKey) -> tuple[Tensor | None, Target, list[str], Entry | None]:
+    def _read(self, key: SampleKey) -> tuple[Tensor | None, Target, list[str], CacheEntry | None]:
         """Image (None if its features are stored), target, files passed over, and entry of the feature cache.
 
         With `on_bad_image: skip`, the next image takes a bad one's place, where padding follows from the sizes alone
@@ -83,7 +83,7 @@ class TrainDataset(Dataset):
             index = (key.index + offset) % count
             try:
                 entry = store.find(reader, index, key.epoch) if store is not None else None
-                if entry is not None and entry.stored:
+                if entry is not None and entry.is_stored:
                     return None, reader.target(index, key.epoch, key.step), bad, entry
                 within = None if known or not offset else reader.size(key.index, key.epoch)
                 image, target = reader.read(index, key.epoch, key.step, within=within)
@@ -98,7 +98,7 @@ class TrainDataset(Dataset):
 class EvalDataset(Dataset):
     """Groups of images, not augmented."""
 
-    def __init__(self, reader: Reader, source: str, stride: int = 32) -> None:
+    def __init__(self, reader: SampleReader, source: str, stride: int = 32) -> None:
         self._reader, self._source, self._stride = reader, source, stride
 
     def __getitems__(self, indices: list[int]) -> Batch | UserError:
@@ -149,14 +149,16 @@ def train_loader(
     readers, orders = {}, {}
     for name, data in sources.items():
         try:
-            readers[name] = Reader(data, config.data[name], train=True, needs=needs[name], seed=config.seed)
+            readers[name] = SampleReader(data, config.data[name], train=True, needs=needs[name], seed=config.seed)
         except UserError as e:
             raise UserError(f"data.{name}: {e}") from None
         landscape = data.sizes[:, 1] >= data.sizes[:, 0] if config.data[name].aspect_grouping else None
-        orders[name] = SampleOrder(len(data), batch_size, seed=mix(config.seed, *name.encode()), landscape=landscape)
+        orders[name] = SampleOrder(
+            len(data), batch_size, seed=hash_seed(config.seed, *name.encode()), landscape=landscape
+        )
     taking = {*sources, *(name for _, names in phases for name in names)}
     sampler = StepSampler(
-        Turns({name: source.weight for name, source in config.data.items() if name in taking}, phases),
+        SourceSchedule({name: source.weight for name, source in config.data.items() if name in taking}, phases),
         orders,
         steps=range(start_step, end_step),
         accumulate=config.train.accumulate,
@@ -182,7 +184,7 @@ def eval_loader(
     height, width = annotations.sizes.T
     order = np.lexsort((np.arange(len(annotations)), width, height, width >= height)).tolist()
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world_size]
-    return _loader(EvalDataset(Reader(annotations, source, train=False), "eval"), groups, workers, pin=True)
+    return _loader(EvalDataset(SampleReader(annotations, source, train=False), "eval"), groups, workers, pin=True)
 
 
 def _loader(dataset: Dataset, batches: Any, workers: int, *, pin: bool) -> BatchLoader:

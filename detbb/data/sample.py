@@ -12,13 +12,13 @@ from detbb.config.schema import DataConfig
 from detbb.core.errors import UserError
 from detbb.data.formats.semantic import read_mask
 from detbb.data.images import BadImage, read_image, safe_join
-from detbb.data.sampler import mix
+from detbb.data.sampler import hash_seed
 from detbb.data.transforms import Sample, Transform, rasterize, resize
 from detbb.structures.annotations import Annotations
 from detbb.structures.batch import ImageSize, Target
 
 
-class Reader:
+class SampleReader:
     """One source's images with their targets."""
 
     def __init__(
@@ -43,7 +43,7 @@ class Reader:
     def stream(self, index: int, epoch: int) -> int:
         """Seed of this image's augmentation."""
         epoch = epoch if self.config.views is None else epoch % self.config.views
-        return mix(self._seed, epoch, int(self.annotations.image_ids[index]))
+        return hash_seed(self._seed, epoch, int(self.annotations.image_ids[index]))
 
     def variants(self) -> int | None:
         """How many different images one image can become over all epochs; None: any number."""
@@ -132,7 +132,7 @@ class Reader:
         return Target(
             image_id=image_id,
             size=ImageSize((height, width), tuple(annotations.sizes[index].tolist())),
-            seed=mix(self._seed, step, image_id),
+            seed=hash_seed(self._seed, step, image_id),
             boxes=torch.from_numpy(sample.boxes.astype(np.float32)),
             labels=torch.from_numpy(annotations.labels[sample.objects].astype(np.int64)),
             image_labels=image_labels,

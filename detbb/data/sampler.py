@@ -14,7 +14,7 @@ from detbb.core.errors import UserError
 _BITS = (1 << 64) - 1
 
 
-def mix(*values: int) -> int:
+def hash_seed(*values: int) -> int:
     """A 63-bit hash of integers, for seeds (SplitMix64; Steele, Lea & Flood 2014). Order matters."""
     state = 0
     for value in values:
@@ -42,7 +42,7 @@ class MicroBatch(list[SampleKey]):
         self.everyone = everyone
 
 
-class Turns:
+class SourceSchedule:
     """Which source a step takes: smooth weighted round robin, so that any stretch of steps is close to the weights."""
 
     def __init__(self, weights: Mapping[str, float], phases: Sequence[tuple[int, Collection[str]]] = ()) -> None:
@@ -54,20 +54,20 @@ class Turns:
         self._phases = list(phases) or [(0, weights)]
         self._credit = dict.fromkeys(weights, 0.0)
         self._count = dict.fromkeys(weights, 0)
-        self._turns: list[tuple[str, int]] = []  # of each step so far: source, its turn
+        self._visits: list[tuple[str, int]] = []  # of each step so far: source, its visit
 
-    def at(self, step: int) -> tuple[str, int]:
+    def source_at(self, step: int) -> tuple[str, int]:
         """(source of step `step`, how many steps it had before)."""
-        while len(self._turns) <= step:
-            learning = next(names for first, names in reversed(self._phases) if first <= len(self._turns))
+        while len(self._visits) <= step:
+            learning = next(names for first, names in reversed(self._phases) if first <= len(self._visits))
             active = {name: weight for name, weight in self._weights.items() if name in learning}
             for name, weight in active.items():
                 self._credit[name] += weight
             source = max(active, key=self._credit.__getitem__)
             self._credit[source] -= sum(active.values())
-            self._turns.append((source, self._count[source]))
+            self._visits.append((source, self._count[source]))
             self._count[source] += 1
-        return self._turns[step]
+        return self._visits[step]
 
 
 class SampleOrder:
@@ -83,12 +83,12 @@ class SampleOrder:
         self._per_block = -(-num_images // batch_size)  # batches
         self._block = lru_cache(maxsize=2)(self._make_block)
         self._permutation = lru_cache(maxsize=4)(
-            lambda epoch: np.random.default_rng(mix(seed, epoch, 0)).permutation(num_images)
+            lambda epoch: np.random.default_rng(hash_seed(seed, epoch, 0)).permutation(num_images)
         )
 
-    def batch(self, turn: int) -> list[tuple[int, int]]:
-        """(epoch, index) of the `batch_size` images of this source's turn `turn`."""
-        block, row = divmod(turn, self._per_block)
+    def batch(self, visit: int) -> list[tuple[int, int]]:
+        """(epoch, index) of the `batch_size` images of this source's visit `visit`."""
+        block, row = divmod(visit, self._per_block)
         return [(int(e), int(i)) for e, i in self._block(block)[row]]
 
     def _make_block(self, block: int) -> np.ndarray:
@@ -102,7 +102,7 @@ class SampleOrder:
             grouped = np.argsort(~self._landscape[index], kind="stable")
             epoch, index = epoch[grouped], index[grouped]
         batches = np.stack([epoch, index], axis=1).reshape(self._per_block, self._batch, 2)
-        return batches[np.random.default_rng(mix(self._seed, block, 1)).permutation(self._per_block)]
+        return batches[np.random.default_rng(hash_seed(self._seed, block, 1)).permutation(self._per_block)]
 
 
 class StepSampler(Sampler[MicroBatch]):
@@ -114,14 +114,14 @@ class StepSampler(Sampler[MicroBatch]):
 
     def __init__(
         self,
-        turns: Turns,
+        schedule: SourceSchedule,
         orders: Mapping[str, SampleOrder],
         *,
         steps: range,
         accumulate: int = 1,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        self._turns, self._orders, self._steps = turns, orders, steps
+        self._schedule, self._orders, self._steps = schedule, orders, steps
         self._accumulate, (self._rank, self._processes) = accumulate, share
 
     def __len__(self) -> int:
@@ -129,8 +129,8 @@ class StepSampler(Sampler[MicroBatch]):
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for step in self._steps:
-            source, turn = self._turns.at(step)
-            keys = [SampleKey(source, epoch, index, step) for epoch, index in self._orders[source].batch(turn)]
+            source, visit = self._schedule.source_at(step)
+            keys = [SampleKey(source, epoch, index, step) for epoch, index in self._orders[source].batch(visit)]
             run = len(keys) // self._accumulate
             own = run // self._processes
             assert own * self._processes * self._accumulate == len(keys)

@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from detbb.config.schema import DataConfig
 from detbb.core.errors import UserError, unknown_name
 from detbb.data.formats.semantic import IGNORE
-from detbb.data.sampler import mix
+from detbb.data.sampler import hash_seed
 from detbb.structures.annotations import Segments
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else importing it asks the network for a newer version
@@ -28,7 +28,7 @@ _KEEP_SIZE = (
     *("HorizontalFlip", "VerticalFlip", "CoarseDropout", "GridDropout", "XYMasking", "Rotate", "SafeRotate", "Affine"),
     *("ShiftScaleRotate", "Perspective", "ElasticTransform", "GridDistortion", "OpticalDistortion"),
 )
-LEAST_SIDE = 0.1  # pixels; what augmentation leaves of a box must not be thinner
+MIN_SIDE = 0.1  # pixels; what augmentation leaves of a box must not be thinner
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Transform:
         if self._compose is None:
             return _without_slivers(sample)
         # one stream for all transforms: set_random_seed() would give each the same stream, so that their draws coincide
-        stream = mix(seed, 1)
+        stream = hash_seed(seed, 1)
         self._compose.set_random_state(np.random.default_rng(stream), random.Random(stream))
         return _without_slivers(_apply(self._compose, sample, self._flip_pairs))
 
@@ -220,7 +220,7 @@ def _without_slivers(sample: Sample) -> Sample:
     """Boxes clipped to the image; objects left out of whose box nothing remains."""
     h, w = sample.image.shape[:2]
     boxes = sample.boxes.clip(0, [w, h, w, h])
-    keep = (boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(axis=1)
+    keep = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
     return replace(
         sample,
         boxes=boxes[keep],

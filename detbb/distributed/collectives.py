@@ -29,7 +29,7 @@ def world_size() -> int:
 
 
 @contextmanager
-def agreed(*, rank0_first: bool = False) -> Iterator[None]:
+def raise_on_all_ranks(*, rank0_first: bool = False) -> Iterator[None]:
     """A UserError on one rank is raised on all, so that nobody waits for a process that left.
 
     rank0_first: the others begin when rank 0 is done, so that what it generates is written once.
@@ -53,7 +53,7 @@ def agreed(*, rank0_first: bool = False) -> Iterator[None]:
 
 def error_on_all_ranks(text: str) -> UserError:
     error = UserError(text)
-    error.everywhere = True
+    error.same_on_all_ranks = True
     return error
 
 

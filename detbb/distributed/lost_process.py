@@ -17,16 +17,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from detbb.core.errors import PeerLost, tell_torchrun
+from detbb.core.errors import ProcessLost, tell_torchrun
 
-MEET_S = 60.0  # at least, for all to start: what they import may come from a cold disk
+RENDEZVOUS_S = 60.0  # at least, for all to start: what they import may come from a cold disk
 WAIT_S = 5.0  # at most, for the others to notice a failure as well
 _SIGNS = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|tim(ed|e) ?out", re.IGNORECASE)
 _TIMED_OUT = re.compile(r"tim(ed|e) ?out", re.IGNORECASE)
 _COLLECTIVES = re.compile(r"/torch/(distributed/|nn/parallel/distributed\.py|autograd/graph\.py)")  # the last: DDP's
 
 
-def is_lost_peer(error: Exception) -> bool:
+def is_lost_process(error: Exception) -> bool:
     """Whether a collective failed because of another process: by where it was raised, too, as others time out as well.
 
     A CUDA error is this process's own, wherever it surfaces.
@@ -38,19 +38,20 @@ def is_lost_peer(error: Exception) -> bool:
     return bool(inside and _SIGNS.search(str(error)))
 
 
-class Peers:
+class Members:
     """The processes of one start of a run, as they entered themselves into a store.
 
-    Whoever finds a collective broken enters that too; who does not is the one that is lost. Raises: PeerLost: one did
-    not start in time.
+    A process that finds a collective broken enters that too. Those that do not are missing.
+
+    Raises: ProcessLost: one did not start in time.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, *, timeout_s: float) -> None:
         """`store`: torchrun's."""
         self._rank, self._ranks, self._timeout_s = rank, range(world_size), timeout_s
-        self.store = self._meet(store, max(timeout_s, MEET_S))
+        self.store = self._rendezvous(store, max(timeout_s, RENDEZVOUS_S))
 
-    def _meet(self, shared: dist.Store, patience_s: float) -> dist.Store:
+    def _rendezvous(self, shared: dist.Store, patience_s: float) -> dist.Store:
         """The store of this start alone.
 
         torchrun's store outlives a restart, with the addresses of processes that are gone. So each process takes a new
@@ -67,35 +68,35 @@ class Peers:
             store.set(str(self._rank), json.dumps(own))
             while self._rank == 0 and (absent := [r for r in self._ranks if not store.check([str(r)])]):
                 if time.monotonic() - began > patience_s:
-                    raise PeerLost(f"rank {', '.join(map(str, absent))} did not start {failed}")
+                    raise ProcessLost(f"rank {', '.join(map(str, absent))} did not start {failed}")
                 for r in absent:
                     if shared.check([f"detbb/here/{r}"]):
                         shared.set(f"detbb/start/{shared.get(f'detbb/here/{r}').decode()}", name)
                 time.sleep(0.02)
             store.wait([str(r) for r in self._ranks], timedelta(seconds=patience_s))
         except dist.DistError as error:
-            raise PeerLost(f"another rank did not start {failed}") from error
+            raise ProcessLost(f"another rank did not start {failed}") from error
         return store
 
-    def explain(self, error: Exception) -> PeerLost:
+    def explain(self, error: Exception) -> ProcessLost:
         """What to raise in place of a collective's own error. Ends processes of this host that gave no answer in time.
 
         A stopped process ignores everything but SIGKILL, and torchrun would send that only 30 s later.
         """
         try:
-            entries = {r: json.loads(self.store.get(str(r))) for r in self._lost()}
+            entries = {r: json.loads(self.store.get(str(r))) for r in self._missing_ranks()}
         except RuntimeError:  # the store went with its host
             entries = {}
         if not entries:
-            return PeerLost(f"the connection to the other processes is lost ({str(error).splitlines()[0]})")
+            return ProcessLost(f"the connection to the other processes is lost ({str(error).splitlines()[0]})")
         who = ", ".join(f"rank {r} (pid {e['pid']} on {e['host'].split()[0]})" for r, e in entries.items())
         if not _TIMED_OUT.search(str(error)):
-            return PeerLost(f"{who} ended before its time; see its own error")
+            return ProcessLost(f"{who} ended before its time; see its own error")
         text = f"{who} gave no answer within train.timeout_s ({self._timeout_s:g} s)"
         self._end([e for e in entries.values() if e["host"] == _host()], text)
-        return PeerLost(text)
+        return ProcessLost(text)
 
-    def _lost(self) -> list[int]:
+    def _missing_ranks(self) -> list[int]:
         """The ranks that do not say within a while that they are waiting too."""
         self.store.set(f"waiting/{self._rank}", "")
         began = time.monotonic()

@@ -19,14 +19,14 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 from detbb.config.schema import Config
 from detbb.core.errors import Stopped, UserError
 from detbb.distributed.collectives import error_on_all_ranks, is_distributed, world_size
-from detbb.distributed.lost_process import Peers, is_lost_peer
+from detbb.distributed.lost_process import Members, is_lost_process
 
 
 @contextmanager
 def processes(config: Config) -> Iterator[torch.device]:
     """Join the process group that torchrun describes, if any; gives this process's device.
 
-    A process group that the caller made is used as it is. Raises: UserError: `device: cuda` without one; PeerLost:
+    A process group that the caller made is used as it is. Raises: UserError: `device: cuda` without one; ProcessLost:
     another process ended, or gave no answer within `train.timeout_s`.
     """
     cuda = torch.cuda.is_available()
@@ -51,8 +51,8 @@ def processes(config: Config) -> Iterator[torch.device]:
         store, number, size = next(dist.rendezvous("env://", timeout=timeout))
     except ValueError as error:  # RANK and WORLD_SIZE without the rest, or not as torchrun sets them
         raise UserError(f"{error}; start several processes with torchrun, or unset RANK and WORLD_SIZE") from error
-    peers = Peers(store, number, size, timeout_s=config.train.timeout_s)
-    group = {"store": peers.store, "rank": number, "world_size": size, "timeout": timeout}
+    members = Members(store, number, size, timeout_s=config.train.timeout_s)
+    group = {"store": members.store, "rank": number, "world_size": size, "timeout": timeout}
     try:
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device, **group)
@@ -63,9 +63,9 @@ def processes(config: Config) -> Iterator[torch.device]:
         dist.destroy_process_group()
         raise
     except Exception as error:  # the group is left as it is: destroying it could wait for the lost
-        if not is_lost_peer(error):
+        if not is_lost_process(error):
             raise
-        raise peers.explain(error) from error
+        raise members.explain(error) from error
     dist.destroy_process_group()
 
 

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from detbb.core.errors import UserError
 from detbb.core.files import sync_folder
-from detbb.data.sample import Reader
+from detbb.data.sample import SampleReader
 from detbb.feature_cache.frozen_prefix import FrozenPrefix
-from detbb.structures.batch import Batch, Entry, Given
+from detbb.structures.batch import Batch, CacheEntry, PrecomputedFeatures
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-REST_AFTER = 20  # batches in a row without a miss, and the prefix rests: its copies are as large as its weights
+RELEASE_AFTER = 20  # batches in a row without a miss, and the prefix rests: its copies are as large as its weights
 _ROW = 64  # bytes of an index row: SHA-256 of the image file, SHA-256 of that and the record
 
 
@@ -77,7 +77,7 @@ class Store:
         """How many entries there are, other processes' too."""
         return int(np.count_nonzero(self._index.view(np.uint64)[:, 0]))
 
-    def find(self, reader: Reader, index: int, epoch: int) -> Entry:
+    def find(self, reader: SampleReader, index: int, epoch: int) -> CacheEntry:
         """The entry of an image as this epoch augments it; called by workers."""
         image = self._digest(reader, index)
         slot = index * self.plan.variants + reader.variant(index, epoch)
@@ -85,22 +85,22 @@ class Store:
         stored = bool(image) and row[:32] == image
         if stored and not self._trusted[slot]:
             stored = self._trusted[slot] = row[32:] == _sha256(image, self._data[slot].data)
-        return Entry(slot, image, bool(stored))
+        return CacheEntry(slot, image, bool(stored))
 
-    def checked(self, entry: Entry, reader: Reader, index: int) -> Entry:
+    def checked(self, entry: CacheEntry, reader: SampleReader, index: int) -> CacheEntry:
         """`entry`, not to be stored if the file changed while it was read."""
-        return entry if self._digest(reader, index) == entry.image else entry._replace(image=b"")
+        return entry if self._digest(reader, index) == entry.image_sha256 else entry._replace(image_sha256=b"")
 
-    def put(self, entry: Entry, levels: Mapping[str, Tensor]) -> Tensor:
+    def put(self, entry: CacheEntry, levels: Mapping[str, Tensor]) -> Tensor:
         """The record (bytes) of one image's (C, h, w) levels, stored too where the entry allows it."""
         parts = [levels[name].detach().permute(1, 2, 0).to(self.plan.dtype).reshape(-1) for name in self.plan.levels]
         record = torch.cat(parts).cpu().view(torch.uint8)
-        if not entry.image or self.full:
+        if not entry.image_sha256 or self.full:
             return record
         self.full = not self._write(entry.slot, record.numpy())
         if self.full:
             return record
-        row = entry.image + _sha256(entry.image, record.numpy().data)
+        row = entry.image_sha256 + _sha256(entry.image_sha256, record.numpy().data)
         self._index[entry.slot] = np.frombuffer(row, np.uint8)
         self._trusted[entry.slot] = True
         return record
@@ -118,7 +118,7 @@ class Store:
         except OSError:
             return False
 
-    def _digest(self, reader: Reader, index: int) -> bytes:
+    def _digest(self, reader: SampleReader, index: int) -> bytes:
         """SHA-256 of the image file, hashed once a run unless it changes; empty if it cannot be read."""
         try:
             path = reader.path(index)
@@ -151,12 +151,12 @@ class FeatureCache:
         if store is None:
             return self._prefix(batch)
         device, sizes = batch.images.device, batch.sizes
-        missing = [i for i, entry in enumerate(batch.entries) if not entry.stored]
+        missing = [i for i, entry in enumerate(batch.entries) if not entry.is_stored]
         assert len(missing) == len(batch.images) and len(batch.entries) == len(sizes)
         self._hits = 0 if missing else self._hits + 1
-        if self._hits == REST_AFTER:
-            self._prefix.rest()
-        rows = {i: store.record(e.slot) for i, e in enumerate(batch.entries) if e.stored}
+        if self._hits == RELEASE_AFTER:
+            self._prefix.release()
+        rows = {i: store.record(e.slot) for i, e in enumerate(batch.entries) if e.is_stored}
         at_once = 1 if device.type == "cpu" else max(len(missing), 1)
         for first in range(0, len(missing), at_once):
             group = missing[first : first + at_once]
@@ -169,9 +169,9 @@ class FeatureCache:
             values = torch.stack([rows[i][start:end] for i in range(len(sizes))]).view(store.plan.dtype)
             features = values.view(-1, h, w, c).permute(0, 3, 1, 2).to(device, non_blocking=True)
             levels[name] = features.to(torch.promote_types(features.dtype, torch.float32))
-        return replace(batch, given=Given(self._prefix.after, levels))
+        return replace(batch, precomputed=PrecomputedFeatures(self._prefix.after, levels))
 
-    def news(self) -> list[str]:
+    def new_messages(self) -> list[str]:
         """Lines for the log: each further quarter that is stored, and a full disk."""
         lines = []
         if self._said < 100 and (share := self._share()) // 25 > self._said // 25:

@@ -22,7 +22,7 @@ from detbb.config.schema import TrainConfig
 from detbb.detector import Detector
 from detbb.modeling.norm import moving_norms
 from detbb.modeling.precision import AUTOCAST
-from detbb.structures.batch import Batch, Given, ImageSize
+from detbb.structures.batch import Batch, ImageSize, PrecomputedFeatures
 
 
 def last_frozen(detector: Detector) -> str | None:
@@ -32,10 +32,10 @@ def last_frozen(detector: Detector) -> str | None:
     """
     backbone, last = detector.backbone, None
     for stage in backbone.stages:
-        if not all(map(_rests, backbone.stage_modules(stage))):
+        if not all(map(_is_frozen, backbone.stage_modules(stage))):
             return last
         last = stage
-    return "neck" if _rests(detector.neck) else last
+    return "neck" if _is_frozen(detector.neck) else last
 
 
 class FrozenPrefix:
@@ -46,7 +46,7 @@ class FrozenPrefix:
     batch first needs them.
     """
 
-    def __init__(self, detector: Detector, config: TrainConfig, *, say: Callable[[str], None] = print) -> None:
+    def __init__(self, detector: Detector, config: TrainConfig, *, log: Callable[[str], None] = print) -> None:
         """Raises ValueError if not even the stem is frozen."""
         after = last_frozen(detector)
         if after is None:
@@ -57,10 +57,10 @@ class FrozenPrefix:
         self._config = config
         self._stages: dict[str, nn.Module] = {}
         self._neck: nn.Module | None = None
-        self._run = compiled(self._levels, "the frozen prefix", say) if config.compile else self._levels
+        self._run = compiled(self._levels, "the frozen prefix", log) if config.compile else self._levels
 
     def __call__(self, batch: Batch) -> Batch:
-        return replace(batch, given=Given(self.after, self.levels(batch.images, batch.sizes)))
+        return replace(batch, precomputed=PrecomputedFeatures(self.after, self.levels(batch.images, batch.sizes)))
 
     @torch.no_grad()
     def levels(self, images: Tensor, sizes: list[ImageSize]) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ class FrozenPrefix:
         with torch.autocast(images.device.type, self._autocast, self._autocast is not None):
             return self._run(self._detector.normalize(images, sizes))
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Let go of the copies until a batch needs them again; not of compiled ones, which take long to make."""
         if not self._config.compile:
             self._stages, self._neck = {}, None
@@ -119,7 +119,7 @@ def folded(part: nn.Module, dtype: torch.dtype, *, pack: bool = False) -> nn.Mod
     return copied
 
 
-def compiled(function: Callable[..., Any], name: str, say: Callable[[str], None]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], name: str, log: Callable[[str], None]) -> Callable[..., Any]:
     """`function` through torch.compile; from the first failure on, itself, after one line that says so."""
     fast = torch.compile(function, fullgraph=True)  # one graph: nothing has run when compiling it fails
 
@@ -132,7 +132,7 @@ def compiled(function: Callable[..., Any], name: str, say: Callable[[str], None]
             except Exception as error:  # what compilers raise is not of one kind
                 fast = function
                 reason = " ".join(str(error).split())[:160]
-                say(f"WARNING: train.compile: {name} runs uncompiled: {type(error).__name__}: {reason}")
+                log(f"WARNING: train.compile: {name} runs uncompiled: {type(error).__name__}: {reason}")
         return function(*args)
 
     return run
@@ -171,7 +171,7 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _rests(part: nn.Module) -> bool:
+def _is_frozen(part: nn.Module) -> bool:
     return not any(p.requires_grad for p in part.parameters()) and not any(moving_norms(part))
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from detbb import freeze
 from detbb.config.schema import Config
 from detbb.core.errors import UserError
-from detbb.data.sample import Reader
+from detbb.data.sample import SampleReader
 from detbb.detector import Detector
-from detbb.distributed.collectives import agreed
+from detbb.distributed.collectives import raise_on_all_ranks
 from detbb.feature_cache.cache import DTYPES, FeatureCache, Plan, Store, folder_name, open_folder
 from detbb.feature_cache.frozen_prefix import FrozenPrefix, last_frozen
 from detbb.heads import find_head
@@ -42,7 +42,7 @@ def check(config: Config, detector: Detector, phases: Sequence[Phase], data: Map
     Leaves `detector` frozen as in the last phase.
     """
     if config.train.cache_features in ("memory", "disk"):
-        with agreed():
+        with raise_on_all_ranks():
             _check(config, detector, phases, data)
 
 
@@ -51,7 +51,7 @@ def _check(config: Config, detector: Detector, phases: Sequence[Phase], data: Ma
     for phase in phases:
         detector.freeze(phase.freeze)
         try:
-            if _backbone_rests(detector):
+            if _backbone_is_frozen(detector):
                 _place(config, {s: _plan(config, detector, s, data[s])[0] for s in _sources(detector)})
                 cached = True
         except Unusable as reason:
@@ -73,9 +73,9 @@ def with_cache(
     wanted = config.train.cache_features
     if wanted == "off":
         return prefix, []
-    if prefix is None or not _backbone_rests(detector):
+    if prefix is None or not _backbone_is_frozen(detector):
         return prefix, ["feature cache: not used in this phase, where the backbone is not frozen as a whole"]
-    with agreed():
+    with raise_on_all_ranks():
         try:
             found = {source: _plan(config, detector, source, data[source]) for source in _sources(detector)}
             names = {s: _about(config, detector, s, plan, reader) for s, (plan, reader) in found.items()}
@@ -98,16 +98,16 @@ def with_cache(
     return FeatureCache(prefix, stores), [_line(source, store, where) for source, store in stores.items()]
 
 
-def _backbone_rests(detector: Detector) -> bool:
+def _backbone_is_frozen(detector: Detector) -> bool:
     return last_frozen(detector) in (detector.backbone.stages[-1], "neck")
 
 
 def _sources(detector: Detector) -> list[str]:
-    return list(dict.fromkeys(detector.sources[name] for name in detector.learning()))
+    return list(dict.fromkeys(detector.sources[name] for name in detector.active_heads()))
 
 
-def _plan(config: Config, detector: Detector, source: str, annotations: Annotations) -> tuple[Plan, Reader]:
-    reader = Reader(annotations, config.data[source], train=True, seed=config.seed)
+def _plan(config: Config, detector: Detector, source: str, annotations: Annotations) -> tuple[Plan, SampleReader]:
+    reader = SampleReader(annotations, config.data[source], train=True, seed=config.seed)
     if reader.transform.changes_size:
         raise Unusable(f"data.{source}.augment may change the size of images")
     variants = reader.variants()
@@ -123,7 +123,7 @@ def _plan(config: Config, detector: Detector, source: str, annotations: Annotati
     backbone, neck = detector.backbone, cast(Fpn, detector.neck)
     names: list[str] = list(backbone.out)
     if last_frozen(detector) == "neck":
-        heads = [config.heads[name] for name in detector.learning(source)]
+        heads = [config.heads[name] for name in detector.active_heads(source)]
         read = {level for head in heads for level in find_head(head.type).levels(head)}
         names = [name for name in neck.channels if name in read]
     offered, strides = neck.channels | backbone.channels, neck.strides | backbone.strides
@@ -181,7 +181,7 @@ def _root(config: Config) -> Path:
     return Path(config.train.cache_dir or Path(config.output_dir).parent / "feature_cache")
 
 
-def _about(config: Config, detector: Detector, source: str, plan: Plan, reader: Reader) -> dict[str, Any]:
+def _about(config: Config, detector: Detector, source: str, plan: Plan, reader: SampleReader) -> dict[str, Any]:
     """Everything that a source's features depend on besides the bytes of its images."""
     last, data, train = last_frozen(detector), config.data[source], config.train
     state = detector.state_dict()

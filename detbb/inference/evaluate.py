@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from detbb.checkpoint.content import add_carried_heads, open_checkpoint, restore_detector
+from detbb.checkpoint.content import add_inherited_heads, open_checkpoint, restore_detector
 from detbb.config.loading import config_to_dict
 from detbb.config.schema import Config
 from detbb.core.errors import UserError, unknown_name
@@ -25,7 +25,14 @@ from detbb.data.images import BadImage, read_image
 from detbb.data.loader import eval_loader
 from detbb.data.transforms import rasterize
 from detbb.detector import Detector
-from detbb.distributed.collectives import agreed, all_gather_objects, from_rank0, gather_objects, rank, world_size
+from detbb.distributed.collectives import (
+    all_gather_objects,
+    from_rank0,
+    gather_objects,
+    raise_on_all_ranks,
+    rank,
+    world_size,
+)
 from detbb.distributed.processes import processes
 from detbb.heads.base import Head
 from detbb.heads.loading import config_from_dict, load_config
@@ -63,7 +70,7 @@ def evaluate_detector(
             return {}
     everyone = gather_objects({n: (b.evaluator.state(), b.samples) for n, b in branches.items()})
     metrics: dict[str, float] = {}
-    with agreed():
+    with raise_on_all_ranks():
         for name, branch in branches.items() if everyone else ():
             shares = [states[name] for states in everyone]
             results = sorted((entry for state, _ in shares for entry in state), key=lambda entry: entry["image_id"])
@@ -80,7 +87,7 @@ def evaluate_detector(
 def _all_finish(work: Callable[[], bool]) -> bool:
     """Whether `work` says so on every rank. What it raises on one is raised on all: nobody waits for who left."""
     finished, error = False, None
-    with agreed():
+    with raise_on_all_ranks():
         try:
             finished = work()
         except FloatingPointError as e:
@@ -247,14 +254,14 @@ def _settings(content: dict[str, Any], config: str | Path | None, overrides: Seq
     for name in settings.heads:
         if name not in content["classes"]:
             raise unknown_name(f"{config}: heads of this checkpoint", name, content["classes"])
-    add_carried_heads(settings, content)
+    add_inherited_heads(settings, content)
     return settings
 
 
 def _read(content: dict[str, Any], settings: Config, heads: Sequence[str] | None, split: str) -> dict[str, Annotations]:
     """The split of every head to evaluate, with the checkpoint's classes; each source is read once."""
     chosen: dict[str, Annotations] = {}
-    with agreed(rank0_first=True):
+    with raise_on_all_ranks(rank0_first=True):
         read: dict[tuple[str, tuple[str, ...]], Annotations | None] = {}
         for name in settings.heads if heads is None else heads:
             source = settings.heads[name].data

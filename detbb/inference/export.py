@@ -31,7 +31,7 @@ from detbb.structures.predictions import Predictions
 OPSET = 18
 STRIDE = 32  # what sides must be multiples of
 TOLERANCE = 1e-4  # in units of SCALES; of the largest value for what is not a detection
-LEAST_MATCHED = 0.99  # of the detections; NMS and thresholds may decide the other way where numbers are nearly equal
+MIN_MATCHED = 0.99  # of the detections; NMS and thresholds may decide the other way where numbers are nearly equal
 SCALES = {"boxes": 0.0, "scores": 1.0, "labels": 1.0, "masks": 10.0, "keypoints": 0.0}  # 0: the longest side
 
 
@@ -73,11 +73,11 @@ class Check:
 
     @property
     def passes(self) -> bool:
-        most = 0 if self.detections is None else (1 - LEAST_MATCHED) * 2 * self.detections
+        most = 0 if self.detections is None else (1 - MIN_MATCHED) * 2 * self.detections
         return self.difference <= TOLERANCE and self.unmatched <= most
 
 
-class Whole(nn.Module):
+class ExportModule(nn.Module):
     """(1, 3, H, W) uint8 RGB -> what every head decodes, as a flat tuple; `names` says what each entry is."""
 
     def __init__(self, detector: Detector, heads: Sequence[str], size: tuple[int, int]) -> None:
@@ -121,7 +121,7 @@ def export_onnx(
     size = _checked_size(config, chosen, size)
     output = Path(output)
     check_output(output, overwrite=overwrite)
-    whole = Whole(restore_detector(content).float(), chosen, size).eval()
+    whole = ExportModule(restore_detector(content).float(), chosen, size).eval()
     images = check_images(config, size)
     model = onnx.load_from_string(_trace(whole, images[-1]))
     onnx.helper.set_model_props(model, {"detbb": json.dumps(_description(whole, content))})
@@ -189,7 +189,7 @@ def _checked_size(config: Config, heads: Sequence[str], size: tuple[int, int] | 
     return size
 
 
-def _trace(whole: Whole, image: Tensor) -> bytes:
+def _trace(whole: ExportModule, image: Tensor) -> bytes:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constants that the fixed size makes right, and of the exporter's age
         whole(image)
@@ -206,7 +206,7 @@ def _options(onnxruntime: Any) -> Any:
     return options
 
 
-def _description(whole: Whole, content: dict[str, Any]) -> dict[str, Any]:
+def _description(whole: ExportModule, content: dict[str, Any]) -> dict[str, Any]:
     return {
         "heads": {name: {"classes": content["classes"][name]["names"]} for name in whole.heads},
         "input": "image: uint8 RGB, filling the whole input",

@@ -20,7 +20,7 @@ from detbb.core.errors import UserError
 from detbb.core.files import BadFile, load_tensors
 from detbb.modeling.numpy_pickle import read_arrays
 
-LEAST_SHARE = 0.9
+MIN_COVERAGE = 0.9
 KINDS = ("loaded", "missing", "wrong shape", "unexpected", "not used")
 
 # Dicts and prefixes that checkpoints wrap a backbone in, outermost first.
@@ -128,10 +128,10 @@ def load_part(module: nn.Module, state: dict[str, Tensor], *, prefix: str = "", 
         if name not in wanted and not name.endswith("num_batches_tracked"):
             unused = not prefix and stage not in stages and (stage == "fc" or stage.startswith("layer"))
             part.sizes["not used" if unused else "unexpected"][name] = tensor.numel()
-    if part.share("loaded") < LEAST_SHARE:
+    if part.share("loaded") < MIN_COVERAGE:
         raise UserError(
             f"backbone.weights: {source} covers {100 * part.share('loaded'):.1f} % of "
-            f"{getattr(module, 'arch', prefix.rstrip('.'))}, at least {100 * LEAST_SHARE:.0f} % are needed; missing: "
+            f"{getattr(module, 'arch', prefix.rstrip('.'))}, at least {100 * MIN_COVERAGE:.0f} % are needed; missing: "
             f"{_some(part.sizes['missing'])}; wrong shape: {_some(part.sizes['wrong shape'])}; it has: {_some(state)}"
         )
     counters = {k: v for k, v in state.items() if k.endswith("num_batches_tracked")}

@@ -15,7 +15,7 @@ from detbb import freeze
 from detbb.config.phases import Phase
 from detbb.core.errors import UserError
 from detbb.core.files import write_atomically
-from detbb.core.schema import mismatch
+from detbb.core.schema import find_error
 from detbb.detector import Detector
 from detbb.modeling.norm import has_running_stats, norm_modules
 
@@ -121,7 +121,7 @@ class FreezeJournal:
         if resumed and path.exists():
             try:
                 self._entries = json.loads(path.read_bytes())["phases"]
-                wrong = mismatch([{k: entry[k] for k in _FORM} for entry in self._entries], [_FORM])
+                wrong = find_error([{k: entry[k] for k in _FORM} for entry in self._entries], [_FORM])
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 wrong = f"{type(error).__name__}: {error}"
             if wrong:
@@ -157,7 +157,7 @@ class FreezeJournal:
         steps[:] = [*(s for s in steps if s < step), step]
         self._write()
 
-    def find(self, note: str) -> None:
+    def add_finding(self, note: str) -> None:
         self._entries[-1]["findings"].append(note)
         self._write()
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from detbb.core.files import write_atomically, writing
-from detbb.core.schema import mismatch
+from detbb.core.schema import find_error
 from detbb.report.event_files import keep_events
 
 _HEAD = {"step": int, "split": str}  # what every line of metrics.jsonl has
@@ -210,7 +210,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if line.endswith(b"\n") and not mismatch(
+        if line.endswith(b"\n") and not find_error(
             {k: record.get(k) for k in _HEAD} if isinstance(record, dict) else 0, _HEAD
         ):
             yield line, record

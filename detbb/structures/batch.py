@@ -56,15 +56,15 @@ class Target:
         return replace(self, **moved)
 
 
-class Entry(NamedTuple):
+class CacheEntry(NamedTuple):
     """Where an image's features are in the feature cache, or belong."""
 
     slot: int
-    image: bytes  # SHA-256 of the file; empty: not to be stored
-    stored: bool  # if so, `Batch.images` leaves the image out
+    image_sha256: bytes  # SHA-256 of the file; empty: not to be stored
+    is_stored: bool  # if so, `Batch.images` leaves the image out
 
 
-class Given(NamedTuple):
+class PrecomputedFeatures(NamedTuple):
     """What frozen parts made of a batch's images, up to the part `after` (`stem`, `layer1` …, or `neck`)."""
 
     after: str
@@ -83,8 +83,8 @@ class Batch:
     targets: list[Target]
     source: str
     bad_images: tuple[str, ...] = ()  # files left out or replaced because they could not be decoded
-    entries: tuple[Entry, ...] = ()  # one an image where the source has a feature cache
-    given: Given | None = None  # what is computed already
+    entries: tuple[CacheEntry, ...] = ()  # one an image where the source has a feature cache
+    precomputed: PrecomputedFeatures | None = None  # what is computed already
     longest_sides: tuple[float, ...] | None = None  # of every box, known without asking the device; None: not known
 
     @property

@@ -17,8 +17,8 @@ from detbb.config.phases import Phase, phase_at, plan_phases
 from detbb.config.schema import Config
 from detbb.core.errors import Stopped, UserError
 from detbb.data.loader import train_loader
-from detbb.data.sampler import mix
-from detbb.distributed.collectives import agreed, from_rank0, rank, world_size
+from detbb.data.sampler import hash_seed
+from detbb.distributed.collectives import from_rank0, raise_on_all_ranks, rank, world_size
 from detbb.distributed.processes import processes, wrap
 from detbb.feature_cache import setup as cache_setup
 from detbb.feature_cache.cache import FeatureCache
@@ -40,7 +40,7 @@ from detbb.training.run import (
     save,
 )
 from detbb.training.signals import StopSignals
-from detbb.training.step import Learner, train_step
+from detbb.training.step import TrainState, train_step
 
 
 def train(config: Config, *, resume: str | None = None) -> Path:
@@ -53,7 +53,7 @@ def train(config: Config, *, resume: str | None = None) -> Path:
         run = prepare(config, resume, device, stop)
         try:
             if run.saved == run.step and due(run, config.eval.every) and missing_evaluations(run):
-                enter(run, phase_at(run.phases, run.step - 1))  # the interruption came before evaluating
+                start_phase(run, phase_at(run.phases, run.step - 1))  # the interruption came before evaluating
                 evaluate_now(run)
             while run.step < run.steps:
                 train_phase(run, phase_at(run.phases, run.step))
@@ -71,7 +71,7 @@ def prepare(config: Config, resume: str | None, device: torch.device, stop: Stop
     detector, lines, random = setup.start_detector(config, start, train_data)
     phases = plan_phases(config, setup.total_steps(config, train_data))
     for index, phase in enumerate(phases):  # a misspelt name in a late phase is an error now, not then
-        learning = detector.freeze(phase.freeze).learning()
+        learning = detector.freeze(phase.freeze).active_heads()
         phases[index] = replace(phase, sources=tuple(dict.fromkeys(detector.sources[name] for name in learning)))
         if not learning:
             names = ", ".join(phase.freeze)
@@ -85,12 +85,12 @@ def prepare(config: Config, resume: str | None, device: torch.device, stop: Stop
     if checkpoint is not None:
         lines += resuming.check(config, checkpoint, detector, train_data, steps=phases[-1].end)
     folder = Path(config.output_dir)
-    with agreed():
+    with raise_on_all_ranks():
         journal = report.FreezeJournal(folder / "freeze.json", resumed=checkpoint is not None)
     checkpoint_folder = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
-    with agreed():
+    with raise_on_all_ranks():
         if rank() == 0:
-            start.notes += resuming.enter_run_folder(config, start, checkpoint_folder)
+            start.notes += resuming.claim_run_folder(config, start, checkpoint_folder)
     detector.to(device)
     ema = Ema(config.ema) if config.ema is not None else None
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
@@ -100,7 +100,7 @@ def prepare(config: Config, resume: str | None, device: torch.device, stop: Stop
         phases,
         train_data,
         val_data,
-        Learner(detector, ema, config.train, device, scaler),
+        TrainState(detector, ema, config.train, device, scaler),
         checkpoint_folder,
         RunLog(folder, resume_step=start.step, rank=rank()),
         journal,
@@ -132,31 +132,33 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
 def train_phase(run: Run, phase: Phase) -> None:
     """Freeze, wrap, report, and train from the run's step to the phase's end."""
     learner, config, detector = run.learner, run.config, run.learner.detector
-    enter(run, phase)
+    start_phase(run, phase)
     missing = {n for n, p in detector.named_parameters() if p.requires_grad}
-    turns = {detector.sources[name]: 0 for name in detector.learning()}
+    turns = {detector.sources[name]: 0 for name in detector.active_heads()}
     with closing(step_batches(run, phase)) as batches:  # ends the workers, however this is left
         clock = time.perf_counter()
         for batch, data_s in batches:
             lr = config.optimizer.lr * optim.lr_factor(run.step, config.schedule, run.steps)
-            torch.manual_seed(mix(config.seed, run.step, rank()))  # for dropout, which no other state must influence
-            outcome = train_step(learner, batch, lr=lr, stop=run.stop, folder=run.folder, step=run.step)
+            torch.manual_seed(
+                hash_seed(config.seed, run.step, rank())
+            )  # for dropout, which no other state must influence
+            result = train_step(learner, batch, lr=lr, stop=run.stop, folder=run.folder, step=run.step)
             run.step += 1
             turns[batch[0].source] += 1
             missing = check_gradients(run, missing, turns)
             step_s = time.perf_counter() - clock
-            after_step(run, outcome, lr=lr, step_s=step_s, data_s=data_s)
-            if run.step == phase.end or due(run, config.checkpoint.every) or outcome.stop:
+            after_step(run, result, lr=lr, step_s=step_s, data_s=data_s)
+            if run.step == phase.end or due(run, config.checkpoint.every) or result.stop:
                 save(run)
-            if outcome.stop:
-                raise Stopped(outcome.stop)
+            if result.stop:
+                raise Stopped(result.stop)
             if due(run, config.eval.every):
                 evaluate_now(run)
             clock = time.perf_counter()  # a step's time is the step's, not that of saving and evaluating
     run.optimizer_state = optim.state_by_name(learner.optimizer)
 
 
-def enter(run: Run, phase: Phase) -> None:
+def start_phase(run: Run, phase: Phase) -> None:
     """Make the phase's freezing true everywhere: gradients, optimizer, average, DDP, digests, report."""
     learner, config, detector = run.learner, run.config, run.learner.detector
     detector.freeze(phase.freeze).train()
@@ -168,12 +170,14 @@ def enter(run: Run, phase: Phase) -> None:
     learner.model = wrap(detector)
     if config.train.compile:
         torch._dynamo.reset()  # else what was compiled in earlier phases counts towards its limit
-    prefix = FrozenPrefix(detector, config.train, say=run.log.info) if last_frozen(detector) else None
+    prefix = FrozenPrefix(detector, config.train, log=run.log.info) if last_frozen(detector) else None
     steps = phase.end - run.step
     learner.prefix, lines = cache_setup.with_cache(prefix, config, detector, data=run.train_data, steps=steps)
     for line in lines:
         run.log.info(line)
-    detector.compiled = compiled(detector.resume, "what is trained", run.log.info) if config.train.compile else None
+    detector.compiled = (
+        compiled(detector.forward_from, "what is trained", run.log.info) if config.train.compile else None
+    )
     run.digests = freeze.digests(detector.state_dict(), freeze.frozen_names(detector))
     lr = config.optimizer.lr * optim.lr_factor(phase.start, config.schedule, run.steps)
     rows = report.rows(detector, learner.optimizer, lr=lr, averaged=list(learner.ema.tensors) if learner.ema else [])
@@ -192,7 +196,7 @@ def step_batches(run: Run, phase: Phase) -> Generator[tuple[list[Batch], float]]
     loader = train_loader(
         {source: run.train_data[source] for source in phase.sources},
         run.config,
-        needs=setup.needs_by_source(run.config, run.learner.detector.learning()),
+        needs=setup.needs_by_source(run.config, run.learner.detector.active_heads()),
         stores=run.learner.prefix.stores if isinstance(run.learner.prefix, FeatureCache) else None,
         start_step=run.step,
         end_step=phase.end,

@@ -14,14 +14,14 @@ from detbb.config.schema import Config
 from detbb.core.errors import UserError
 from detbb.core.files import check_folder, remove_leftovers, writing
 from detbb.detector import Detector
-from detbb.distributed.collectives import agreed, all_gather_objects
+from detbb.distributed.collectives import all_gather_objects, raise_on_all_ranks
 from detbb.structures.annotations import Annotations
 from detbb.structures.class_list import ClassList
 from detbb.training import optim
 
 
 @dataclass
-class Start:
+class ResumePoint:
     """The checkpoint a run goes on from (None: a fresh start), and lines about files that were passed over."""
 
     checkpoint: dict[str, Any] | None
@@ -30,15 +30,15 @@ class Start:
     path: Path | None = None  # the checkpoint's
 
 
-def open_run_folder(config: Config, resume: str | None) -> Start:
+def open_run_folder(config: Config, resume: str | None) -> ResumePoint:
     """Where the run starts, in a folder that can be written: `resume` is None, `auto`, or a checkpoint file.
 
     Raises: UserError: the folder holds a run and `resume` is None; it or the named checkpoint cannot be used.
     """
-    with agreed():
+    with raise_on_all_ranks():
         check_folder(Path(config.output_dir))
         start = _find_start(config, resume)
-    with agreed():
+    with raise_on_all_ranks():
         if len(steps := set(all_gather_objects(start.step))) > 1:
             raise UserError(
                 f"output_dir: the processes find checkpoints of steps {sorted(steps)} in {config.output_dir!r}; "
@@ -47,21 +47,23 @@ def open_run_folder(config: Config, resume: str | None) -> Start:
     return start
 
 
-def _find_start(config: Config, resume: str | None) -> Start:
+def _find_start(config: Config, resume: str | None) -> ResumePoint:
     folder = CheckpointFolder(Path(config.output_dir) / "checkpoints", config.checkpoint.keep)
     if resume is None:
         if (Path(config.output_dir) / "config.yaml").exists() or folder.steps():
             raise _holds_a_run(config)
-        return Start(None, [])
+        return ResumePoint(None, [])
     if resume != "auto":
         content = checkpoints.open_checkpoint(resume, key="--resume")
-        return Start(content, [f"resuming from {resume} at step {content['step']}"], content["step"], Path(resume))
+        return ResumePoint(
+            content, [f"resuming from {resume} at step {content['step']}"], content["step"], Path(resume)
+        )
     found = folder.newest()
     if found is None:
-        return Start(None, [f"--resume: no checkpoint in {folder.folder} yet, so this is a fresh start"], 0)
+        return ResumePoint(None, [f"--resume: no checkpoint in {folder.folder} yet, so this is a fresh start"], 0)
     path, content, passed = found
     notes = [f"WARNING: passed over an unusable checkpoint: {line}" for line in passed]
-    return Start(content, [*notes, f"resuming from {path} at step {content['step']}"], content["step"], path)
+    return ResumePoint(content, [*notes, f"resuming from {path} at step {content['step']}"], content["step"], path)
 
 
 def _holds_a_run(config: Config) -> UserError:
@@ -71,7 +73,7 @@ def _holds_a_run(config: Config) -> UserError:
     )
 
 
-def enter_run_folder(config: Config, start: Start, folder: CheckpointFolder) -> list[str]:
+def claim_run_folder(config: Config, start: ResumePoint, folder: CheckpointFolder) -> list[str]:
     """Make the folder this run's own: the first change in it, on rank 0. Gives lines about what was set aside.
 
     Raises: UserError: another fresh start was faster.
@@ -87,7 +89,7 @@ def enter_run_folder(config: Config, start: Start, folder: CheckpointFolder) -> 
             raise _holds_a_run(config) from None
     else:
         remove_leftovers(output_dir)
-        lines = folder.go_on_from(start.path, start.step) if start.path is not None else []
+        lines = folder.make_newest(start.path, start.step) if start.path is not None else []
     save_config(config, output_dir / "config.yaml")
     return lines
 

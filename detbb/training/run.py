@@ -16,7 +16,7 @@ from detbb.config.phases import Phase, phase_at
 from detbb.config.schema import Config
 from detbb.core.errors import Stopped, unknown_name
 from detbb.detector import view
-from detbb.distributed.collectives import agreed, all_gather_objects, rank, world_size
+from detbb.distributed.collectives import all_gather_objects, raise_on_all_ranks, rank, world_size
 from detbb.feature_cache.cache import FeatureCache
 from detbb.inference.evaluate import evaluate_detector
 from detbb.report import freeze_report as report
@@ -24,7 +24,7 @@ from detbb.report.log import RunLog
 from detbb.structures.annotations import Annotations
 from detbb.training import optim
 from detbb.training.signals import StopSignals
-from detbb.training.step import Learner, NonFinite, Outcome, read_losses
+from detbb.training.step import NonFinite, StepResult, TrainState, read_losses
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Run:
     phases: list[Phase]
     train_data: dict[str, Annotations]
     val_data: dict[str, Annotations]
-    learner: Learner
+    learner: TrainState
     checkpoints: CheckpointFolder
     log: RunLog
     journal: report.FreezeJournal
@@ -60,19 +60,19 @@ def due(run: Run, every: int | None) -> bool:
     return run.step == run.steps or (every is not None and run.step > 0 and run.step % every == 0)
 
 
-def after_step(run: Run, outcome: Outcome, *, lr: float, step_s: float, data_s: float) -> None:
+def after_step(run: Run, result: StepResult, *, lr: float, step_s: float, data_s: float) -> None:
     """Log what is due. Losses leave the device only then."""
-    images = outcome.images * world_size()
-    for path in sorted(set(outcome.bad_images) - run.bad_images):
+    images = result.images * world_size()
+    for path in sorted(set(result.bad_images) - run.bad_images):
         run.bad_images.add(path)
         run.log.info(f"WARNING: left out an image that cannot be read ({len(run.bad_images)} so far): {path}")
     if isinstance(run.learner.prefix, FeatureCache):
-        for line in run.learner.prefix.news():
+        for line in run.learner.prefix.new_messages():
             run.log.info(line)
-    if outcome.skipped:
+    if result.skipped:
         run.log.info(f"WARNING: step {run.step} was skipped: a loss or gradient was not finite")
     if run.step % run.config.log.every == 0 or run.step == run.steps:
-        values = read_losses(outcome)
+        values = read_losses(result)
         run.losses = values
         times = {"data_s": data_s, "step_s": step_s, "images_per_s": images / step_s}
         run.log.train(run.step, {**values, "lr": lr, **times})
@@ -88,7 +88,7 @@ def check_gradients(run: Run, missing: set[str], turns: dict[str, int]) -> set[s
     note = f"trained but without a gradient in the first {sum(turns.values())} steps: {', '.join(sorted(missing))}"
     run.log.info(f"WARNING: {note}")
     if rank() == 0:
-        run.journal.find(note)
+        run.journal.add_finding(note)
     return set()
 
 
@@ -101,7 +101,7 @@ def verify(run: Run) -> None:
     fault = ""
     if changed := freeze.changed(detector, run.digests):
         fault = freeze.explain(detector, changed)
-    elif norms := freeze.awake(detector):
+    elif norms := freeze.frozen_in_train_mode(detector):
         fault = f"frozen but awake: {', '.join(norms[:5])} is in train mode: something called .train() on it"
     found = [(r, text) for r, text in enumerate(all_gather_objects(fault)) if text]
     if found:
@@ -117,7 +117,7 @@ def save(run: Run) -> None:
         run.log.info(f"running statistics are averaged over ranks; their largest difference was {difference:.3g}")
     verify(run)
     refuse_nonfinite(run)
-    with agreed():
+    with raise_on_all_ranks():
         if rank() == 0:
             run.log.sync()  # a resumed run trusts the log up to the checkpoint's step
             run.checkpoints.save(content(run))
@@ -173,8 +173,8 @@ def best_metric(run: Run) -> str:
 
 
 def evaluated_heads(run: Run) -> dict[str, Annotations]:
-    """The heads that this run evaluates, with their val split; carried ones are not its business."""
-    heads = {name: head for name, head in run.config.heads.items() if name not in run.config.carried}
+    """The heads that this run evaluates, with their val split; inherited ones are not its business."""
+    heads = {name: head for name, head in run.config.heads.items() if name not in run.config.inherited_heads}
     return {name: run.val_data[head.data] for name, head in heads.items() if head.data in run.val_data}
 
 
@@ -215,7 +215,7 @@ def follow_best(run: Run) -> None:
     improved = run.metrics.get(name, float("-inf")) > run.best
     if (improved or (named and name not in run.metrics)) and run.saved != run.step:
         save(run)
-    with agreed():
+    with raise_on_all_ranks():
         if named and name not in run.metrics:
             raise unknown_name("eval.best", name, run.metrics)
         if improved:

@@ -18,21 +18,21 @@ from detbb.core.errors import UserError
 from detbb.data.doctor.examine import examine
 from detbb.data.loader import train_loader
 from detbb.detector import Detector, build_detector
-from detbb.distributed.collectives import agreed, rank, world_size
+from detbb.distributed.collectives import raise_on_all_ranks, rank, world_size
 from detbb.heads import find_head
 from detbb.modeling.norm import FrozenBatchNorm2d, SyncBatchNorm
 from detbb.modeling.weights import load_backbone_weights
 from detbb.structures.annotations import Annotations
 from detbb.structures.class_list import ClassList
 from detbb.training import resuming
-from detbb.training.resuming import Start
+from detbb.training.resuming import ResumePoint
 
 
 def needs_by_source(config: Config, heads: Collection[str] | None = None) -> dict[str, frozenset[str]]:
-    """Which annotations these heads (default: all but the carried ones) learn from, by data source."""
+    """Which annotations these heads (default: all but the inherited ones) learn from, by data source."""
     needs: dict[str, set[str]] = {}
     for name, head in config.heads.items():
-        if name in heads if heads is not None else name not in config.carried:
+        if name in heads if heads is not None else name not in config.inherited_heads:
             needs.setdefault(head.data, set()).add(find_head(head.type).needs)
     return {source: frozenset(kinds) for source, kinds in needs.items()}
 
@@ -43,7 +43,7 @@ def read_sources(config: Config) -> tuple[dict[str, Annotations], dict[str, Anno
     Rank 0 reads first: generated sets are written once, and one process looks at the files. Raises: UserError: all that
     is refused in the data, or a head needs what its source does not hold.
     """
-    with agreed(rank0_first=True):
+    with raise_on_all_ranks(rank0_first=True):
         needed = needs_by_source(config)
         report = examine({name: config.data[name] for name in needed}, files=rank() == 0)
         report.check()
@@ -98,21 +98,23 @@ def _fail(at: str, message: str) -> NoReturn:
     raise UserError(f"{at} {message}")
 
 
-def start_detector(config: Config, start: Start, train: dict[str, Annotations]) -> tuple[Detector, list[str], set[str]]:
+def start_detector(
+    config: Config, start: ResumePoint, train: dict[str, Annotations]
+) -> tuple[Detector, list[str], set[str]]:
     """The detector with the weights the run starts from, lines that say whence, and the tensors that no file gave.
 
-    Carried heads are entered into `config`. Raises: UserError: weights or carried heads do not fit.
+    Inherited heads are entered into `config`. Raises: UserError: weights or inherited heads do not fit.
     """
     torch.manual_seed(config.seed)
     given = start.checkpoint
     if given is None and config.init_from is not None:
         given = checkpoints.open_checkpoint(config.init_from, key="init_from")
-    classes = {n: ClassList.of_data(train[h.data]) for n, h in config.heads.items() if n not in config.carried}
+    classes = {n: ClassList.of_data(train[h.data]) for n, h in config.heads.items() if n not in config.inherited_heads}
     if given is not None:  # what a resumed run did not carry is no head of it: see resuming.load
-        only = None if start.checkpoint is None else given["config"]["carried"]
-        classes |= checkpoints.add_carried_heads(config, given, only=only)
-    if unknown := [name for name in config.carried if name not in classes]:
-        raise UserError(f"carried: {unknown[0]!r} is no head of what the run starts from; leave it out")
+        only = None if start.checkpoint is None else given["config"]["inherited_heads"]
+        classes |= checkpoints.add_inherited_heads(config, given, only=only)
+    if unknown := [name for name in config.inherited_heads if name not in classes]:
+        raise UserError(f"inherited_heads: {unknown[0]!r} is no head of what the run starts from; leave it out")
     detector = build_detector(config, classes)
     if start.checkpoint is not None:
         resuming.load(detector, start.checkpoint, classes=classes)
@@ -126,7 +128,7 @@ def start_detector(config: Config, start: Start, train: dict[str, Annotations]) 
         random -= pretrained
     if given is not None:  # after the weights: these go into what the checkpoint lacks
         report = checkpoints.init_from(detector, given, str(config.init_from))
-        report.carried = list(config.carried)
+        report.inherited_heads = list(config.inherited_heads)
         lines += report.lines()
         random = random - set(report.loaded) | set(report.reset)
     return detector, lines, random
@@ -166,7 +168,7 @@ def _covers(frozen: tuple[str, ...], name: str) -> bool:
 
 def _load_weights(config: Config, detector: Detector) -> list[str]:
     assert config.backbone.weights is not None
-    with agreed(rank0_first=True):  # one process fetches a file
+    with raise_on_all_ranks(rank0_first=True):  # one process fetches a file
         coverage = load_backbone_weights(detector.backbone, config.backbone.weights)
         for name in detector.heads:
             detector.head(name).load_backbone_weights(coverage.state)

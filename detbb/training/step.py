@@ -27,11 +27,11 @@ from detbb.training.ema import Ema
 class NonFinite(RuntimeError):
     """A loss or gradient was not finite; the message names step, ranks, loss terms, images and the saved batch."""
 
-    everywhere = True  # as in errors.UserError
+    same_on_all_ranks = True  # as in errors.UserError
 
 
 @dataclass
-class Learner:
+class TrainState:
     """What learns: the detector, its average and its optimizer. Everything else is a function of the step."""
 
     detector: Detector
@@ -58,7 +58,7 @@ class Learner:
 
 
 @dataclass
-class Outcome:
+class StepResult:
     """What one step did. Tensors stay on the device until somebody logs them."""
 
     losses: dict[str, Tensor]
@@ -70,8 +70,8 @@ class Outcome:
 
 
 def train_step(
-    learner: Learner, batches: list[Batch], *, lr: float, stop: Callable[[], int], folder: Path, step: int
-) -> Outcome:
+    learner: TrainState, batches: list[Batch], *, lr: float, stop: Callable[[], int], folder: Path, step: int
+) -> StepResult:
     """Learn from this rank's share of one step, given as `accumulate` batches of one source.
 
     stop: gives the signal that this process received so far, or 0. folder: where an offending batch is saved.
@@ -83,8 +83,8 @@ def train_step(
     optim.set_lr(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
-    trained = detector.trained()
-    reached = torch.zeros(len(trained), device=learner.device)  # which a loss of any rank depends on
+    trained = detector.trainable_parameters()
+    used = torch.zeros(len(trained), device=learner.device)  # which a loss of any rank depends on
     for index, batch in enumerate(batches):
         batch = batch.to(learner.device)
         if learner.prefix is not None:
@@ -95,7 +95,7 @@ def train_step(
             total = torch.stack([v.to(torch.promote_types(v.dtype, torch.float32)) for v in losses.values()]).sum()
             learner.scaler.scale(total / len(batches)).backward()
         if world_size() > 1:
-            reached += reached.new_tensor(detector.reached)
+            used += used.new_tensor(detector.used_parameters)
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach() / len(batches)
     bad_images = [path for batch in batches for path in batch.bad_images]
@@ -107,26 +107,28 @@ def train_step(
     # left out an image, and which parameters the losses of any rank depend on.
     noted, flags = [stop(), len(bad_images)], torch.stack([~loss_ok, ~norm.isfinite()]).float()
     if world_size() > 1:
-        flags = maximum(torch.cat([flags, reached.new_tensor(noted), reached]))
+        flags = maximum(torch.cat([flags, used.new_tensor(noted), used]))
     bad_loss, bad_gradient, *others = map(int, flags.tolist())
     signal, bad_image, *seen = others or noted
-    outcome = Outcome(sums, norm, sum(len(b.targets) for b in batches), signal, skipped=bool(bad_loss or bad_gradient))
+    result = StepResult(
+        sums, norm, sum(len(b.targets) for b in batches), signal, skipped=bool(bad_loss or bad_gradient)
+    )
     if bad_image:
-        outcome.bad_images = tuple(path for paths in all_gather_objects(bad_images) for path in paths)
+        result.bad_images = tuple(path for paths in all_gather_objects(bad_images) for path in paths)
     if world_size() > 1:
         for parameter, anywhere in zip(trained, seen, strict=True):
             if not anywhere:
                 parameter.grad = None  # the zero was for DDP; momentum and decay must not see it
-    if not outcome.skipped:
+    if not result.skipped:
         _update(learner, gradients, norm)
-        return outcome
+        return result
     for buffer, before in statistics:
         buffer.copy_(before)
     learner.scaler.update()
     # fp16 finds its scale by overflowing gradients now and then; what overflows without any scale is not finite
     if bad_loss or not learner.scaler.is_enabled() or learner.scaler.get_scale() < 1:
         _refuse(learner, batches, sums, folder=folder, step=step)
-    return outcome
+    return result
 
 
 def _reduced_once(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
@@ -138,7 +140,7 @@ def _autocast(config: TrainConfig) -> tuple[torch.dtype | None, bool]:
     return AUTOCAST.get(config.precision), config.precision in AUTOCAST
 
 
-def _update(learner: Learner, gradients: list[Tensor], norm: Tensor) -> None:
+def _update(learner: TrainState, gradients: list[Tensor], norm: Tensor) -> None:
     if learner.config.grad_clip is not None:
         torch._foreach_mul_(gradients, (learner.config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
     learner.scaler.step(learner.optimizer)
@@ -149,7 +151,7 @@ def _update(learner: Learner, gradients: list[Tensor], norm: Tensor) -> None:
         learner.ema.update()
 
 
-def _refuse(learner: Learner, batches: list[Batch], sums: dict[str, Tensor], *, folder: Path, step: int) -> None:
+def _refuse(learner: TrainState, batches: list[Batch], sums: dict[str, Tensor], *, folder: Path, step: int) -> None:
     """Keep the batch and stop, or count a skipped step."""
     learner.optimizer.zero_grad(set_to_none=True)
     learner.skipped_in_row += 1
@@ -183,8 +185,8 @@ def _plain(batch: Batch) -> dict[str, Any]:
     }
 
 
-def read_losses(outcome: Outcome) -> dict[str, float]:
+def read_losses(result: StepResult) -> dict[str, float]:
     """The step's losses and gradient norm as numbers, over all ranks; every rank calls it."""
-    values = mean(torch.stack([v.double() for v in outcome.losses.values()])).tolist()
-    losses = dict(zip(outcome.losses, values, strict=True))
-    return {"loss": sum(values), **losses, "grad_norm": float(outcome.grad_norm)}
+    values = mean(torch.stack([v.double() for v in result.losses.values()])).tolist()
+    losses = dict(zip(result.losses, values, strict=True))
+    return {"loss": sum(values), **losses, "grad_norm": float(result.grad_norm)}

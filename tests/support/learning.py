@@ -17,7 +17,7 @@ from detbb.heads import find_head
 from detbb.structures.batch import Batch, ImageSize, Target
 from detbb.training import optim
 from detbb.training.ema import Ema
-from detbb.training.step import Learner, train_step
+from detbb.training.step import TrainState, train_step
 
 CLASSES = ["square", "disc", "star"]
 
@@ -63,15 +63,15 @@ def made_batch(step: int, *, images: int = 2, size: int = 64, boxes: int = 2, so
     return Batch(torch.stack(pixels), targets, source)
 
 
-def make_learner(config: Config, detector: Detector, frozen: list[str]) -> Learner:
-    """What detbb.training.loop.enter does, without a run folder."""
+def make_state(config: Config, detector: Detector, frozen: list[str]) -> TrainState:
+    """What detbb.training.loop.start_phase does, without a run folder."""
     ema = Ema(config.ema) if config.ema is not None else None
-    learner = Learner(detector, ema, config.train, torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False))
+    learner = TrainState(detector, ema, config.train, torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False))
     switch(learner, config, frozen)
     return learner
 
 
-def switch(learner: Learner, config: Config, frozen: list[str]) -> None:
+def switch(learner: TrainState, config: Config, frozen: list[str]) -> None:
     learner.detector.freeze(frozen).train()
     before = optim.state_by_name(learner.optimizer) if hasattr(learner, "optimizer") else {}
     learner.optimizer = optim.build_optimizer(learner.detector, config.optimizer)
@@ -82,7 +82,7 @@ def switch(learner: Learner, config: Config, frozen: list[str]) -> None:
 
 
 def learn(
-    learner: Learner, steps: int, *, first: int = 0, lr: float = 0.01, folder: Path = Path("."), **batch: Any
+    learner: TrainState, steps: int, *, first: int = 0, lr: float = 0.01, folder: Path = Path("."), **batch: Any
 ) -> None:
     for step in range(first, first + steps):
         parts = [made_batch(step * 10 + k, **batch) for k in range(learner.config.accumulate)]

@@ -1,6 +1,6 @@
 """Faults to plant into data sets and files, each with its documented outcome; the tables of docs/reliability.md.
 
-`python tests/planted.py` writes the tables.
+`python tests/support/planted.py` writes the tables.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL import Image
 
 from detbb.config.schema import DataConfig, SplitConfig
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 NAN, INF = float("nan"), float("inf")
 
 
@@ -693,7 +693,7 @@ def tables() -> str:
 
 def document(text: str) -> str:
     """`text` with its tables renewed."""
-    before, marker, _ = text.partition("<!-- the rest is made by tests/planted.py -->\n")
+    before, marker, _ = text.partition("<!-- the rest is made by tests/support/planted.py -->\n")
     return f"{before}{marker}\n{tables()}"
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from detbb.config.schema import DataConfig
 from detbb.core.files import write_atomically
-from detbb.core.schema import mismatch
+from detbb.core.schema import find_error
 from detbb.data.formats.annotation_cache import cache_folder
 from detbb.data.formats.faults import Faults
 from detbb.data.formats.semantic import read_mask
@@ -167,7 +167,7 @@ def _recall(path: Path, splits: Mapping[str, Annotations]) -> dict[str, Findings
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    if mismatch(content, FORM) or set(content) != set(splits):
+    if find_error(content, FORM) or set(content) != set(splits):
         return None
     if any(not 0 <= index < len(splits[split]) for split, c in content.items() for index in c["bad"]):
         return None

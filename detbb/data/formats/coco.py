@@ -14,7 +14,7 @@ import numpy as np
 from detbb.core.errors import UserError
 from detbb.data.formats.annotation_cache import Remembered
 from detbb.data.formats.coco_json import Category, CocoFile, Image, Object, no_garbage_collection
-from detbb.data.formats.faults import FARTHEST, Faults, Rows, arrange, choose_classes
+from detbb.data.formats.faults import MAX_COORDINATE, Faults, Rows, choose_classes, validate_objects
 from detbb.data.formats.fork_map import spread
 from detbb.data.images import BadImage, image_header, name_fault, safe_join
 from detbb.structures.annotations import Annotations, PackedStrings, Segments
@@ -66,7 +66,7 @@ def _read(
     keypoint_names = _keypoint_names(categories, names, annotations)
     rows = _rows(file, _Images(image_ids, sizes), category_ids, len(keypoint_names), faults)
     keypoint_names = keypoint_names if rows.keypoints is not None else ()
-    fields = arrange(rows, sizes, faults)
+    fields = validate_objects(rows, sizes, faults)
     return Annotations(
         root=images,
         classes=names,
@@ -189,7 +189,7 @@ def _columns(objects: list[Object], images: _Images, points: int) -> dict[str, A
     has_points = np.array([*map(bool, pointed)], dtype=bool) & (points > 0)
     for row in np.flatnonzero(has_points).tolist():
         own = np.array(pointed[row])
-        if len(own) == 3 * points and (np.abs(own) <= FARTHEST).all():
+        if len(own) == 3 * points and (np.abs(own) <= MAX_COORDINATE).all():
             keypoints[row] = own.reshape(points, 3)
         else:
             wrong[row] = True

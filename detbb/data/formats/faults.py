@@ -13,7 +13,7 @@ from detbb.core.errors import UserError, unknown_name
 from detbb.structures.annotations import Fault, Segments
 
 SHOWN = 10
-FARTHEST = 1e9  # pixels; products and float32 of larger ones overflow
+MAX_COORDINATE = 1e9  # pixels; products and float32 of larger ones overflow
 
 
 class Faults:
@@ -66,12 +66,12 @@ class Rows:
     keypoints: np.ndarray | None = None  # (M, K, 3) float32
 
 
-def arrange(rows: Rows, sizes: np.ndarray, faults: Faults) -> dict[str, Any]:
+def validate_objects(rows: Rows, sizes: np.ndarray, faults: Faults) -> dict[str, Any]:
     """The object fields of `Annotations`, sorted by image, faulty rows repaired, dropped or noted as refused."""
     boxes, ids = rows.boxes_xywh, rows.ids
     height, width = sizes[rows.image].astype(np.float64).reshape(-1, 2).T
     x, y, w, h = boxes.T
-    finite = (np.abs(boxes) <= FARTHEST).all(axis=1)
+    finite = (np.abs(boxes) <= MAX_COORDINATE).all(axis=1)
     faults.refuse("box that is not finite or beyond 1e9, annotation ids", ids[~finite])
     negative = finite & ((w < 0) | (h < 0))
     faults.refuse("box of negative width or height, annotation ids", ids[negative])

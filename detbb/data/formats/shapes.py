@@ -21,7 +21,7 @@ SIZES = {"train": 1000, "val": 200}
 _SEEDS = {"train": 1, "val": 2}
 _VERSION = "detbb shapes 2"
 _IMAGE_HW = ((128, 128), (128, 128), (128, 112), (112, 128))
-_LEAST_VISIBLE = 0.6  # of a shape; objects that are hidden further are not drawn
+_MIN_VISIBLE = 0.6  # of a shape; objects that are hidden further are not drawn
 
 
 def generate_shapes(root: Path, split: str, size: int | None = None) -> Path:
@@ -93,7 +93,7 @@ def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[dict[s
         label = int(rng.integers(len(CLASSES)))
         outline = _outline(rng, label, height, width)
         whole = _fill(outline, height, width)
-        hidden = [(m & (owner == k) & ~whole).sum() < _LEAST_VISIBLE * m.sum() for k, (_, _, m) in enumerate(shapes)]
+        hidden = [(m & (owner == k) & ~whole).sum() < _MIN_VISIBLE * m.sum() for k, (_, _, m) in enumerate(shapes)]
         if any(hidden):
             continue
         background = image[whole].mean(axis=0)

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from detbb.core.errors import UserError
-from detbb.data.formats.faults import Faults, Rows, arrange
+from detbb.data.formats.faults import Faults, Rows, validate_objects
 from detbb.data.images import list_images, read_text, readable_headers, safe_join
 from detbb.structures.annotations import Annotations, PackedStrings
 
@@ -64,7 +64,7 @@ def read_voc(
         image_ids=np.array([stems[stem] for stem in used], dtype=np.int64),
         file_names=PackedStrings(files[s] for s in used),
         sizes=image_sizes,
-        **arrange(rows, image_sizes, faults),
+        **validate_objects(rows, image_sizes, faults),
         faults=faults.finish(),
     )
 

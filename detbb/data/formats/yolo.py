@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from detbb.core.errors import UserError
-from detbb.data.formats.faults import Faults, Rows, arrange
+from detbb.data.formats.faults import Faults, Rows, validate_objects
 from detbb.data.images import list_images, read_text, readable_headers, safe_join
 from detbb.structures.annotations import Annotations, PackedStrings, Segments
 
@@ -68,7 +68,7 @@ def read_yolo(images: Path, labels: Path, classes: Mapping[int, str], *, faults:
         image_ids=np.flatnonzero([name in headers for name in listed]) + 1,
         file_names=PackedStrings(files),
         sizes=sizes,
-        **arrange(rows, sizes, faults),
+        **validate_objects(rows, sizes, faults),
         faults=faults.finish(),
     )
 

@@ -46,9 +46,9 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """{stage: (B, channels, H / stride, W / stride)} of x: (B, 3, H, W), RGB less ImageNet's mean, over its std."""
-        return self.resume("", {"": x})
+        return self.forward_from("", {"": x})
 
-    def resume(self, after: str, known: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward_from(self, after: str, known: dict[str, Tensor]) -> dict[str, Tensor]:
         """As `forward`, from the outputs of the stages up to `after` (empty: from the input)."""
         x, features = known[after], {name: known[name] for name in self.out if name in known}
         for stage in self.stages[self.stages.index(after) + 1 if after else 0 :]:
