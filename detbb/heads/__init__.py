@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-
 from detbb.config.schema import HeadConfig
-from detbb.core.errors import UserError, unknown_name
+from detbb.core.doors import lookup, refuse_import
 from detbb.heads.base import Head, HeadSpec
 from detbb.heads.classify import ClassifyHead
 from detbb.heads.faster_rcnn import FasterRcnnHead
@@ -34,29 +31,14 @@ HEADS: dict[str, type[Head]] = {
 
 def find_head(type_name: str) -> type[Head]:
     """The class of a head: a name in `HEADS`, or `package.module:Class`. Raises UserError if there is none."""
-    if type_name in HEADS:
-        return HEADS[type_name]
-    if ":" not in type_name:
-        raise unknown_name("head type", type_name, [*HEADS, "package.module:Class"])
-    module_name, _, class_name = type_name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name, None)
-    except Exception as error:  # whatever the user's module raises, and what `importlib` says of a relative name
-        raise UserError(
-            f"head type {type_name!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); is it "
-            "installed or on PYTHONPATH?"
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, Head)):
-        raise UserError(f"head type {type_name!r}: {class_name!r} of {module_name!r} is no subclass of detbb.Head")
-    return found
+    return lookup(HEADS, type_name, key="head type", check=_is_head, what="subclass of detbb.Head")
 
 
 def known_head(type_name: str) -> type[Head]:
     """`find_head` for what a file names that may be anybody's: imports nothing."""
-    module_name, outside, _ = type_name.partition(":")
-    if outside and module_name not in sys.modules:
-        raise UserError(
-            f"head type {type_name!r}: {module_name!r} is not imported, and a file must not choose what code runs; "
-            f"if it is yours, add --import {module_name} (in Python: import {module_name})"
-        )
+    refuse_import(type_name, key="head type")
     return find_head(type_name)
+
+
+def _is_head(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, Head)
