@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from detbb.inference.predict import predict
     from detbb.modeling.backbones.resnet import build_resnet, build_resnet_c4
     from detbb.modeling.norm import SyncBatchNorm
+    from detbb.report.writers import WRITERS, Writer
     from detbb.training.ema import Ema
     from detbb.training.loop import train
 
 __version__ = "0.1.0"
 __all__ = [
     "HEADS",
+    "WRITERS",
     "Ema",
     "Head",
     "SyncBatchNorm",
+    "Writer",
     "build_detector",
     "build_resnet",
     "build_resnet_c4",
@@ -41,6 +44,8 @@ _MODULES = {
     "Ema": "training.ema",
     "Head": "heads",
     "SyncBatchNorm": "modeling.norm",
+    "WRITERS": "report.writers",
+    "Writer": "report.writers",
     "build_detector": "detector",
     "build_resnet": "modeling.backbones.resnet",
     "build_resnet_c4": "modeling.backbones.resnet",

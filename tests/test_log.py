@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from detbb.report.log import RunLog, read_evaluations, summary_table
+from detbb.report.log import RunLog, summary_table
+from detbb.report.writers import read_evaluations
 
 
 def lines_of(folder: Path) -> list[dict]:

@@ -246,6 +246,9 @@ class LogConfig:
     """Write `metrics.jsonl`, TensorBoard and the terminal every so many steps."""
     images: int = 8
     """How many validation images to draw at each evaluation; 0: none."""
+    to: list[str] = field(default_factory=lambda: ["metrics", "tensorboard"])
+    """Where numbers and pictures go: `metrics` (metrics.jsonl, always named: a resumed run reads it), `tensorboard`,
+    or `package.module:Class` for a writer of one's own."""
 
 
 @dataclass

@@ -24,7 +24,8 @@ from detbb.feature_cache import setup as cache_setup
 from detbb.feature_cache.cache import FeatureCache
 from detbb.feature_cache.frozen_prefix import FrozenPrefix, compiled, last_frozen
 from detbb.report import freeze_report as report
-from detbb.report.log import RunLog, read_evaluations, summary_table
+from detbb.report.log import RunLog, summary_table
+from detbb.report.writers import find_writers, read_evaluations
 from detbb.structures.batch import Batch
 from detbb.training import optim, resuming, setup
 from detbb.training.ema import Ema
@@ -65,6 +66,7 @@ def train(config: Config, *, resume: str | None = None) -> Path:
 
 def prepare(config: Config, resume: str | None, device: torch.device, stop: StopSignals) -> Run:
     """Read the data, build the detector, refuse what cannot work, and only then open the run folder."""
+    find_writers(config.log.to)  # a misspelt name is an error now
     start = resuming.open_run_folder(config, resume)
     checkpoint = start.checkpoint
     train_data, val_data = setup.read_sources(config)
@@ -102,7 +104,7 @@ def prepare(config: Config, resume: str | None, device: torch.device, stop: Stop
         val_data,
         TrainState(detector, ema, config.train, device, scaler),
         checkpoint_folder,
-        RunLog(folder, resume_step=start.step, rank=rank()),
+        RunLog(folder, config.log.to, resume_step=start.step, rank=rank()),
         journal,
         stop,
     )

@@ -50,8 +50,8 @@ def _from(caller: str) -> Callable[..., bool]:
     return lambda *_, **__: sys._getframe(2).f_code.co_name == caller
 
 
-def _is_evaluation(_: Any, head: dict[str, Any], __: Any) -> bool:
-    return bool(head["split"] == "val")
+def _is_evaluation(*_: Any, split: str, **__: Any) -> bool:
+    return split == "val"
 
 
 MOMENTS: dict[str, Trigger] = {
@@ -72,7 +72,11 @@ MOMENTS: dict[str, Trigger] = {
     "while evaluating": ("detbb.inference.evaluate", "_Branch.take", _any),
     "evaluated, before best.pt": ("detbb.checkpoint.folder", "CheckpointFolder.mark_best", _any),
     "evaluated, before it is logged": ("detbb.report.log", "RunLog.evaluation", _any),
-    "evaluated, TensorBoard has it and metrics.jsonl not": ("detbb.report.log", "RunLog._line", _is_evaluation),
+    "evaluated, TensorBoard has it and metrics.jsonl not": (
+        "detbb.report.writers",
+        "MetricsFile.scalars",
+        _is_evaluation,
+    ),
 }
 SAVING = [moment for moment in MOMENTS if moment.startswith("while saving")]
 
