@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import types
@@ -262,3 +263,57 @@ def test_saving_the_same_step_again_leaves_no_stray_file(tmp_path):
     made.mark_best(2)
     made.save(content(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt", "step_0000002.pt"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch):
+    def unlink(path, **_):
+        if path.name.startswith("step_"):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        if path.exists():
+            os.unlink(path)
+
+    made = CheckpointFolder(tmp_path, 2)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    said = [made.save(content(step)) for step in (1, 2, 3, 4)]
+    assert [len(lines) for lines in said] == [0, 0, 1, 1] and "cannot remove" in said[2][0]  # each of them once
+    assert made.steps() == [1, 2, 3, 4] and newest(tmp_path) == 4
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".step_0000002.pt.x1.tmp").touch()
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: os.rmdir("/"))
+    assert "cannot remove" in files.remove_leftovers(tmp_path)[0]
+
+
+def test_a_share_without_permissions_links_and_synced_folders_will_do(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    def files_alone(descriptor, fsync=os.fsync):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "fsync", files_alone)
+    made = filled(tmp_path, 2, 4)
+    made.mark_best(2)
+    assert made.newest()[1]["step"] == read_checkpoint(tmp_path / "last.pt")["step"] == 4
+
+
+class Elsewhere(torch.Tensor):
+    """Stands for a tensor on a GPU: only `cpu()` gives its values."""
+
+    def cpu(self):  # type: ignore[override]
+        return torch.arange(3.0)
+
+
+def test_tensors_are_saved_from_the_cpu_without_a_copy_of_those_there(tmp_path, monkeypatch):
+    there = torch.Tensor._make_subclass(Elsewhere, torch.empty(3, device="meta"))
+    files.save_tensors(tmp_path / "x.pt", {"model": {"a": there}, "list": [there], "step": 3})
+    found = files.load_tensors(tmp_path / "x.pt")
+    assert found["model"]["a"].equal(torch.arange(3.0)) and found["list"][0].equal(torch.arange(3.0))
+    here, saved = torch.zeros(3), {}
+    monkeypatch.setattr(files.torch, "save", lambda content, _: saved.update(content))
+    monkeypatch.setattr(files, "check_archive", lambda _: None)
+    files.save_tensors(tmp_path / "y.pt", {"a": here})
+    assert saved["a"] is here

@@ -7,13 +7,10 @@ import os
 import signal
 import time
 from importlib import import_module
-from pathlib import Path
 
 import pytest
-from crash import MOMENTS, Job, differences, train_to_end
+from crash import MOMENTS, Job, differences, newest_step, train_to_end
 from runs import learned, lines, load
-
-from detbb.checkpoint.folder import CheckpointFolder
 
 OPTIONS = (
     "phases=[{steps: 3, freeze: [backbone, neck]}, {steps: 4, freeze: [backbone.stem]}, {freeze: [neck]}]",
@@ -66,11 +63,6 @@ def whole(tmp_path_factory, images):
     folder = tmp_path_factory.mktemp("whole")
     train_to_end(folder, OPTIONS, data=images)
     return folder / "run"
-
-
-def newest_step(run: Path) -> int:
-    found = CheckpointFolder(run / "checkpoints", 3).newest()
-    return 0 if found is None else int(found[1]["step"])
 
 
 def test_a_run_killed_at_every_moment_in_turn_ends_with_the_bits_of_the_undisturbed_one(tmp_path, images, whole):

@@ -22,6 +22,7 @@ from runs import load
 
 from detbb.config.schema import Config
 from detbb.core.errors import ProcessLost, UserError
+from detbb.core.folder_lock import FolderLock
 from detbb.data.formats import read_split
 from detbb.data.loader import train_loader
 from detbb.detector import Detector, build_detector
@@ -302,7 +303,7 @@ def decide() -> dict[str, str]:
     for step in (world_size(), rank()):  # the same everywhere, and not
         training.resuming._find_start = lambda *_, step=step: training.resuming.ResumePoint(None, [], step)
         try:
-            training.resuming.open_run_folder(Config(), None)
+            training.resuming.open_run_folder(Config(), None, FolderLock())
         except UserError as error:
             found[f"start {step}"] = str(error)
     return found

@@ -18,6 +18,7 @@ from detbb.checkpoint.content import KEYS, load_detector
 from detbb.checkpoint.folder import CheckpointFolder
 from detbb.config.phases import Phase
 from detbb.core.errors import Stopped, UserError
+from detbb.core.folder_lock import LOCK_FILE, FolderLock
 from detbb.freeze import FrozenTensorChanged
 from detbb.inference.evaluate import evaluate
 from detbb.report.freeze_report import FreezeJournal
@@ -207,9 +208,10 @@ def test_a_source_that_cannot_be_read_is_refused_at_the_start(tmp_path, images):
 def test_two_starts_at_once_are_one_run(tmp_path):
     config = tiny_config(tmp_path)
     folder, start = CheckpointFolder(tmp_path / "run" / "checkpoints", 2), ResumePoint(None, [])
-    claim_run_folder(config, start, folder)
-    with pytest.raises(UserError, match="already holds a run"):
-        claim_run_folder(config, start, folder)
+    with FolderLock() as lock:
+        claim_run_folder(config, start, folder, lock)
+    with FolderLock() as lock, pytest.raises(UserError, match="already holds a run"):
+        claim_run_folder(config, start, folder, lock)
 
 
 def test_a_refused_resume_leaves_the_folder_as_it_was(tmp_path, images):
@@ -228,13 +230,13 @@ def test_a_refused_resume_leaves_the_folder_as_it_was(tmp_path, images):
         (tmp_path / "altered.pt", "seed=0", "contradicts its own digests: neck.output.p3.0.weight"),
         (early, "optimizer.lr_mult={neck.innr: 2.0}", "did you mean 'neck.inner'"),
     ]
-    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != LOCK_FILE}
     for resume, option, message in cases:
         with pytest.raises(UserError, match=message):
             train(
                 tiny_config(tmp_path, *SHORT, "freeze=[neck]", "train.steps=4", option, data=images), resume=str(resume)
             )
-    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != LOCK_FILE}
     for damage in (b"", b"[]", b'{"phases": [{"phase": "0"}]}'):
         (run / "freeze.json").write_bytes(damage)
         with pytest.raises(UserError, match=r"freeze\.json: not a freeze journal .* move it away"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from detbb.checkpoint.content import read_checkpoint
 from detbb.core.errors import UserError
-from detbb.core.files import BadFile, link_atomically, save_tensors
+from detbb.core.files import BadFile, link_atomically, save_tensors, tidy
 
 STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
 
@@ -20,6 +20,7 @@ class CheckpointFolder:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
+        self._undeletable: set[int] = set()  # steps whose file could not be removed, said once
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:07d}.pt"
@@ -30,15 +31,18 @@ class CheckpointFolder:
             return []
         return sorted(int(m[1]) for p in self.folder.iterdir() if (m := STEP_FILE.fullmatch(p.name)))
 
-    def save(self, content: dict[str, Any]) -> Path:
-        """Write a step file, verify it, move `last.pt` to it, and only then delete what is too old."""
+    def save(self, content: dict[str, Any]) -> list[str]:
+        """Write a step file, verify it, move `last.pt` to it, and only then delete what is too old.
+
+        Gives a line for each old file that cannot be deleted, once.
+        """
         path = self.path(content["step"])
         save_tensors(path, content)
         link_atomically(path, self.folder / "last.pt")
-        for step in self.steps()[: -self.keep]:
-            if step != content["step"]:
-                self.path(step).unlink(missing_ok=True)
-        return path
+        old = [s for s in self.steps()[: -self.keep] if s != content["step"] and s not in self._undeletable]
+        lines = tidy(self.path(step) for step in old)
+        self._undeletable.update(step for step in old if self.path(step).exists())
+        return lines
 
     def mark_best(self, step: int) -> None:
         """Make `best.pt` the checkpoint of `step`."""

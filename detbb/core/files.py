@@ -8,8 +8,8 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -46,14 +46,26 @@ def write_atomically(
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+            with suppress(PermissionError):  # shares without permissions
+                temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
             if verify is not None:
                 verify(temporary)
             os.replace(temporary, path)
             sync_folder(path.parent)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            tidy([temporary])
             raise
+
+
+def tidy(files: Iterable[Path]) -> list[str]:
+    """Remove files that nobody needs; a line for each that cannot be removed, which is no reason to end a run."""
+    lines = []
+    for file in files:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            lines.append(f"WARNING: cannot remove {file} ({error.strerror}); it is not needed any more")
+    return lines
 
 
 @contextmanager
@@ -88,12 +100,11 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     check_folder(path.parent)
 
 
-def remove_leftovers(run: Path) -> None:
-    """Remove what `write_atomically` and `link_atomically` leave in a run folder when they are killed."""
+def remove_leftovers(run: Path) -> list[str]:
+    """Remove what `write_atomically` and `link_atomically` leave in a run folder when they are killed; as `tidy`."""
     own = (".config.yaml.*", ".freeze.json.*", ".metrics.jsonl.*", ".nonfinite_step_*")
-    for pattern in (*own, "checkpoints/.*.pt.*", "eval/step_*/*/.*", "tb/.events.*"):
-        for temporary in run.glob(f"{pattern}.tmp"):
-            temporary.unlink(missing_ok=True)
+    patterns = (*own, "checkpoints/.*.pt.*", "eval/step_*/*/.*", "tb/.events.*")
+    return tidy(temporary for pattern in patterns for temporary in run.glob(f"{pattern}.tmp"))
 
 
 def sync_folder(folder: Path) -> None:
@@ -101,6 +112,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # shares that sync files alone
+            raise
     finally:
         os.close(descriptor)
 
@@ -115,12 +129,16 @@ def link_atomically(target: Path, link: Path) -> None:
         write_atomically(link, lambda file: file.write(target.read_bytes()))
         return
     os.replace(temporary, link)
-    temporary.unlink(missing_ok=True)  # where the two were one file already, replacing does nothing
+    tidy([temporary])  # where the two were one file already, replacing does nothing
     sync_folder(link.parent)
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
-    """`torch.save` of tensors and plain containers, atomically, and read back to compare checksums."""
+    """`torch.save` of tensors and plain containers, atomically, and read back to compare checksums.
+
+    Tensors are written as the CPU's, wherever they are, so that any machine can read them.
+    """
+    content = _on_cpu(content)
 
     def write(file: BinaryIO) -> None:
         writer = _RememberError(file)
@@ -130,6 +148,15 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
             raise (writer.error or error) from error
 
     write_atomically(path, write, verify=check_archive)
+
+
+def _on_cpu(value: Any) -> Any:
+    """The same containers with every tensor on the CPU; those that are there already are not copied."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return type(value)(map(_on_cpu, value)) if isinstance(value, list | tuple) else value
 
 
 def load_tensors(path: Path) -> Any:

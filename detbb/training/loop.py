@@ -16,6 +16,7 @@ from detbb.checkpoint.folder import CheckpointFolder
 from detbb.config.phases import Phase, phase_at, plan_phases
 from detbb.config.schema import Config
 from detbb.core.errors import Stopped, UserError
+from detbb.core.folder_lock import FolderLock
 from detbb.data.loader import train_loader
 from detbb.data.sampler import hash_seed
 from detbb.distributed.collectives import from_rank0, raise_on_all_ranks, rank, world_size
@@ -50,8 +51,8 @@ def train(config: Config, *, resume: str | None = None) -> Path:
     resume: None for a fresh run, `auto` for the newest valid checkpoint of the run folder, or a checkpoint file.
     Raises: UserError: config, data or checkpoint cannot work; Stopped: a signal came, and a checkpoint is safe.
     """
-    with processes(config) as device, StopSignals() as stop:
-        run = prepare(config, resume, device, stop)
+    with processes(config) as device, StopSignals() as stop, FolderLock() as lock:
+        run = prepare(config, resume, device, stop, lock)
         try:
             if run.saved == run.step and due(run, config.eval.every) and missing_evaluations(run):
                 start_phase(run, phase_at(run.phases, run.step - 1))  # the interruption came before evaluating
@@ -64,10 +65,10 @@ def train(config: Config, *, resume: str | None = None) -> Path:
         return run.checkpoints.folder / "last.pt"
 
 
-def prepare(config: Config, resume: str | None, device: torch.device, stop: StopSignals) -> Run:
+def prepare(config: Config, resume: str | None, device: torch.device, stop: StopSignals, lock: FolderLock) -> Run:
     """Read the data, build the detector, refuse what cannot work, and only then open the run folder."""
     find_writers(config.log.to)  # a misspelt name is an error now
-    start = resuming.open_run_folder(config, resume)
+    start = resuming.open_run_folder(config, resume, lock)
     checkpoint = start.checkpoint
     train_data, val_data = setup.read_sources(config)
     detector, lines, random = setup.start_detector(config, start, train_data)
@@ -92,7 +93,7 @@ def prepare(config: Config, resume: str | None, device: torch.device, stop: Stop
     checkpoint_folder = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
     with raise_on_all_ranks():
         if rank() == 0:
-            start.notes += resuming.claim_run_folder(config, start, checkpoint_folder)
+            start.notes += resuming.claim_run_folder(config, start, checkpoint_folder, lock)
     detector.to(device)
     ema = Ema(config.ema) if config.ema is not None else None
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")

@@ -13,8 +13,9 @@ from detbb.config.loading import config_to_dict, save_config
 from detbb.config.schema import Config
 from detbb.core.errors import UserError
 from detbb.core.files import check_folder, remove_leftovers, writing
+from detbb.core.folder_lock import FolderLock
 from detbb.detector import Detector
-from detbb.distributed.collectives import all_gather_objects, raise_on_all_ranks
+from detbb.distributed.collectives import all_gather_objects, raise_on_all_ranks, rank
 from detbb.structures.annotations import Annotations
 from detbb.structures.class_list import ClassList
 from detbb.training import optim
@@ -30,14 +31,20 @@ class ResumePoint:
     path: Path | None = None  # the checkpoint's
 
 
-def open_run_folder(config: Config, resume: str | None) -> ResumePoint:
+def open_run_folder(config: Config, resume: str | None, lock: FolderLock) -> ResumePoint:
     """Where the run starts, in a folder that can be written: `resume` is None, `auto`, or a checkpoint file.
 
-    Raises: UserError: the folder holds a run and `resume` is None; it or the named checkpoint cannot be used.
+    Raises: UserError: the folder holds a run and `resume` is None, or it is another process's; it or the named
+    checkpoint cannot be used.
     """
+    notes: list[str] = []
     with raise_on_all_ranks():
         check_folder(Path(config.output_dir))
+        if resume is not None and rank() == 0 and Path(config.output_dir).is_dir():
+            notes = lock.take(Path(config.output_dir))  # before what may change is read
+    with raise_on_all_ranks():
         start = _find_start(config, resume)
+    start.notes += notes
     with raise_on_all_ranks():
         if len(steps := set(all_gather_objects(start.step))) > 1:
             raise UserError(
@@ -73,23 +80,23 @@ def _holds_a_run(config: Config) -> UserError:
     )
 
 
-def claim_run_folder(config: Config, start: ResumePoint, folder: CheckpointFolder) -> list[str]:
-    """Make the folder this run's own: the first change in it, on rank 0. Gives lines about what was set aside.
+def claim_run_folder(config: Config, start: ResumePoint, folder: CheckpointFolder, lock: FolderLock) -> list[str]:
+    """Make the folder this run's own: the first change in it but the lock, on rank 0.
 
-    Raises: UserError: another fresh start was faster.
+    Gives lines about what was set aside. Raises: UserError: another start was faster.
     """
     output_dir = Path(config.output_dir)
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
+    lines = lock.take(output_dir)
     if start.step is None:
         try:
             (output_dir / "config.yaml").open("x").close()
         except FileExistsError:
             raise _holds_a_run(config) from None
     else:
-        remove_leftovers(output_dir)
-        lines = folder.make_newest(start.path, start.step) if start.path is not None else []
+        lines += remove_leftovers(output_dir)
+        lines += folder.make_newest(start.path, start.step) if start.path is not None else []
     save_config(config, output_dir / "config.yaml")
     return lines
 

@@ -120,7 +120,8 @@ def save(run: Run) -> None:
     with raise_on_all_ranks():
         if rank() == 0:
             run.log.sync()  # a resumed run trusts the log up to the checkpoint's step
-            run.checkpoints.save(content(run))
+            for line in run.checkpoints.save(content(run)):
+                run.log.info(line)
     run.saved = run.step
 
 

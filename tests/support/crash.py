@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from runs import flat, lines, load, tiny_config
 
+from detbb.checkpoint.folder import CheckpointFolder
+
 PRELOAD = [
     "detbb.training.loop",
     "detbb.heads.fcos",
@@ -195,6 +197,12 @@ class Job:
 
 def train_to_end(folder: Path, overrides: Sequence[str], **options: Any) -> None:
     assert set(Job(folder, overrides, **options).wait()) == {0}, (folder / "out.txt").read_text()[-4000:]
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest valid checkpoint, 0 without one."""
+    found = CheckpointFolder(run / "checkpoints", 3).newest()
+    return 0 if found is None else int(found[1]["step"])
 
 
 def left_by(run: Path) -> dict[str, Any]:
