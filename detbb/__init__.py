@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from detbb.checkpoint.content import load_detector
+    from detbb.data.formats import FORMATS
     from detbb.detector import build_detector
     from detbb.heads import HEADS, Head
     from detbb.heads.loading import load_config
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "FORMATS",
     "HEADS",
     "WRITERS",
     "Ema",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "FORMATS": "data.formats",
     "HEADS": "heads",
     "Ema": "training.ema",
     "Head": "heads",

@@ -174,7 +174,7 @@ def test_val_follows_the_order_of_train_and_refuses_other_classes(tmp_path: Path
         and val.labels.tolist() == [1]
     )
     with pytest.raises(
-        UserError, match=r"data\.mine\.val: .*this one lacks: car; 1 x class that the training split lacks: cat"
+        UserError, match=r"data\.mine\.val: .* 1 x class that the training split lacks: cat$"
     ):
         read_split(DataConfig(train=splits["train"], val=splits["other"]), "val", "mine")
     assert read_split(DataConfig(train=splits["train"]), "val", "mine") is None
@@ -237,7 +237,7 @@ def test_voc_reads_the_same_content_as_coco(tmp_path: Path) -> None:
     chosen = read_split(source, "train", "voc")
     assert chosen is not None and chosen.labels.tolist() == [0, 0]
     source.classes = ["zebra", "lion"]
-    with pytest.raises(UserError, match="'lion' has no object"):
+    with pytest.raises(UserError, match="'lion' is not known; valid are car, zebra"):
         read_split(source, "train", "voc")
     (tmp_path / "voc" / "Annotations" / "a.xml").write_text(
         "<!DOCTYPE x [<!ENTITY a 'b'>]><annotation>&a;</annotation>"

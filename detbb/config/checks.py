@@ -56,22 +56,20 @@ _RANGES = {
     ),
     "between 0 and 255": "data.*.ignore_index",
 }
-_DATA_FORMATS = {
-    "boxes": ("coco", "voc", "yolo", "shapes"),
-    "labels": ("coco", "voc", "yolo", "shapes"),
-    "masks": ("coco", "yolo", "shapes"),
-    "keypoints": ("coco", "shapes"),
-    "semantic": ("semantic",),
-}
 
 
-def check_combinations(config: Config, classes: dict[str, Any], world_size: int, fail: Fail) -> None:
-    """Everything that keys and types alone do not say. `classes`: the head class of each entry of `config.heads`."""
+def check_combinations(
+    config: Config, classes: dict[str, Any], formats: dict[str, Any], world_size: int, fail: Fail
+) -> None:
+    """Everything that keys and types alone do not say.
+
+    classes: the head class of each entry of `config.heads`; formats: the `Format` of each entry of `config.data`.
+    """
     _check_ranges(config, fail)
     _check_names(config, fail)
     for name, source in config.data.items():
-        _check_source(source, f"data.{name}", fail)
-    _check_heads(config, classes, fail)
+        _check_source(source, formats[name], f"data.{name}", fail)
+    _check_heads(config, classes, formats, fail)
     _check_head_numbers(config, fail)
     _check_norms(config.backbone, "backbone", config.backbone.weights is None and config.init_from is None, fail)
     _check_norms(config.neck, "neck", config.init_from is None, fail)
@@ -121,19 +119,19 @@ def _check_names(config: Config, fail: Fail) -> None:
             fail(f"heads.{name}", f"is not a valid name: {name!r} is taken by torch.nn.ModuleDict; choose another")
 
 
-def _check_source(source: DataConfig, at: str, fail: Fail) -> None:
+def _check_source(source: DataConfig, data_format: Any, at: str, fail: Fail) -> None:
     short_long = source.image_size
     if len(short_long) != 2 or short_long[0] > short_long[1]:
         fail(f"{at}.image_size", f"is {show(short_long)}, must be [short side, longest side] with short <= longest")
     for name, split in (("train", source.train), ("val", source.val)):
         if split is not None:
-            _check_split(source, split, f"{at}.{name}", fail)
+            _check_split(split, source.format, f"{at}.{name}", fail, generated=data_format.generated)
     named = isinstance(source.classes, list) and all(isinstance(c, str) for c in source.classes)
     if not (source.classes is None or isinstance(source.classes, str) or named) or source.classes in ([], ""):
         fail(f"{at}.classes", f"is {show(source.classes)}, must be a list of names, a names file or null")
     if isinstance(source.classes, list) and len(set(source.classes)) < len(source.classes):
         fail(f"{at}.classes", f"is {show(source.classes)}, must not name a class twice")
-    if source.classes is None and source.format in ("yolo", "semantic"):
+    if source.classes is None and data_format.classes_from == "config":
         fail(f"{at}.classes", f"is null, must be a list of names or a names file for format {source.format}")
     augment = source.augment
     transforms = isinstance(augment, list) and all(
@@ -144,31 +142,27 @@ def _check_source(source: DataConfig, at: str, fail: Fail) -> None:
         fail(f"{at}.augment", f"is {show(augment)}, must be {what}")
 
 
-def _check_split(source: DataConfig, split: SplitConfig, at: str, fail: Fail) -> None:
+def _check_split(split: SplitConfig, name: str, at: str, fail: Fail, *, generated: bool) -> None:
     for key in ("images", "annotations"):
-        if source.format != "shapes" and not getattr(split, key):
-            fail(f"{at}.{key}", f"is missing, must be given for format {source.format}")
-    if source.format == "shapes" and split.annotations is not None:
-        fail(f"{at}.annotations", f"is {show(split.annotations)}, but format shapes generates them; leave it out")
-    if source.format != "shapes" and split.size is not None:
-        fail(f"{at}.size", f"is {show(split.size)}, but only format shapes generates images; leave it out")
+        if not generated and not getattr(split, key):
+            fail(f"{at}.{key}", f"is missing, must be given for format {name}")
+    if generated and split.annotations is not None:
+        fail(f"{at}.annotations", f"is {show(split.annotations)}, but format {name} generates them; leave it out")
+    if not generated and split.size is not None:
+        fail(f"{at}.size", f"is {show(split.size)}, but format {name} generates no images; leave it out")
 
 
-def _check_heads(config: Config, classes: dict[str, Any], fail: Fail) -> None:
+def _check_heads(config: Config, classes: dict[str, Any], formats: dict[str, Any], fail: Fail) -> None:
     for name, head in config.heads.items():
         at = f"heads.{name}.data"
         if name in config.inherited_heads:  # kept, not trained: its data may be elsewhere
             continue
         if head.data not in config.data:
             fail(at, f"is {show(head.data)}, must be one of {', '.join(config.data)}{nearest(head.data, config.data)}")
-        needs = classes[name].needs
-        source = config.data[head.data]
-        if source.format not in _DATA_FORMATS[needs]:
-            valid = ", ".join(_DATA_FORMATS[needs])
-            fail(
-                at,
-                f"is {show(head.data)} of format {source.format}, but type {head.type} needs {needs}: formats {valid}",
-            )
+        needs, gives = classes[name].needs, formats[head.data].gives
+        if needs not in gives:
+            source = f"{show(head.data)} of format {config.data[head.data].format}, which gives {', '.join(gives)}"
+            fail(at, f"is {source}, but type {head.type} needs {needs}; name other data")
     for index, name in enumerate(config.inherited_heads):
         if name not in config.heads:
             fail(f"inherited_heads[{index}]", f"is {show(name)}, must be one of {', '.join(config.heads)}")

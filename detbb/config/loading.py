@@ -28,7 +28,7 @@ from detbb.core.files import write_atomically
 
 T = TypeVar("T")
 Layer = tuple[str, Any]  # where it was written, and what
-FindHead = Callable[[str], Any]  # the head class of a `type`; raises UserError
+Find = Callable[[str], Any]  # the head class of a `type`, or the `Format` of a `format`; raises UserError
 
 _SECRET = re.compile(r"KEYS?(?:_|$)|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _RESOLVED = re.compile(r"\$\{\s*(?P<key>[\w.\[\]]+)\s*\}|\$\{\s*oc\.env\s*:\s*(?P<variable>\w+)\s*(?:,[^${}]*)?\}")
@@ -36,7 +36,12 @@ _MISSING_VARIABLE = re.compile(r"Environment variable '(.*?)' not found")
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, find_head: FindHead, world_size: int | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    find_head: Find,
+    find_format: Find,
+    world_size: int | None = None,
 ) -> Config:
     """The checked configuration of a YAML file and `key=value` overrides; `heads` holds each head's own dataclass.
 
@@ -52,11 +57,11 @@ def load_config(
         values = _merge(values, layer, name)
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1  # as distributed.processes
-    return _build(_resolve(values, sources), sources, world_size, find_head)
+    return _build(_resolve(values, sources), sources, world_size, find_head, find_format)
 
 
 def config_from_dict(
-    values: dict[str, Any], origin: str, *, find_head: FindHead, overrides: Sequence[str] = ()
+    values: dict[str, Any], origin: str, *, find_head: Find, find_format: Find, overrides: Sequence[str] = ()
 ) -> Config:
     """The checked configuration of plain containers (a checkpoint's); `origin` says in errors where they come from.
 
@@ -66,7 +71,7 @@ def config_from_dict(
     values = copy.deepcopy(values)
     for name, layer in sources.layers:
         values = _merge(values, layer, name)
-    return _build(values, sources, 1, find_head)
+    return _build(values, sources, 1, find_head, find_format)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -239,7 +244,7 @@ def _strings(value: Any, at: str) -> Iterator[tuple[str, str]]:
             yield from _strings(item, f"{at}[{index}]")
 
 
-def _build(values: dict[str, Any], sources: _Sources, world_size: int, find_head: FindHead) -> Config:
+def _build(values: dict[str, Any], sources: _Sources, world_size: int, find_head: Find, find_format: Find) -> Config:
     """Keys and types first, then the dataclasses, then what must fit together."""
     fail = sources.fail
     check_section(Config, values, "", fail)
@@ -260,7 +265,13 @@ def _build(values: dict[str, Any], sources: _Sources, world_size: int, find_head
     config.eval.weights = config.eval.weights or ("ema" if config.ema else "model")
     if config.checkpoint.every is None:
         config.checkpoint.every = config.eval.every
-    check_combinations(config, classes, world_size, fail)
+    formats = {}
+    for name, source in config.data.items():
+        try:
+            formats[name] = find_format(source.format)
+        except UserError as error:
+            fail(f"data.{name}.format", str(error))
+    check_combinations(config, classes, formats, world_size, fail)
     return config
 
 

@@ -66,8 +66,9 @@ class SplitConfig:
 class DataConfig:
     """One data source: images and annotations of one class list."""
 
-    format: Literal["coco", "voc", "yolo", "semantic", "shapes"] = "coco"
-    """How the annotations are written."""
+    format: str = "coco"
+    """How the annotations are written: `coco`, `voc`, `yolo`, `semantic`, `shapes`, or `package.module:name` of a
+    `Format` of your own ([extend.md](extend.md))."""
     train: SplitConfig = field(default_factory=SplitConfig)
     """The training split."""
     val: SplitConfig | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from detbb.config import loading
 from detbb.config.schema import Config
+from detbb.data.formats import find_format, known_format
 from detbb.heads import find_head, known_head
 
 
@@ -20,7 +21,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
 
     Raises: UserError: one line.
     """
-    return loading.load_config(path, overrides, find_head=find_head, world_size=world_size)
+    return loading.load_config(path, overrides, find_head=find_head, find_format=find_format, world_size=world_size)
 
 
 def config_from_dict(values: dict[str, Any], origin: str, *, overrides: Sequence[str] = ()) -> Config:
@@ -28,4 +29,4 @@ def config_from_dict(values: dict[str, Any], origin: str, *, overrides: Sequence
 
     Nothing is resolved: a stored configuration reads no environment, and imports no head. Raises: UserError.
     """
-    return loading.config_from_dict(values, origin, find_head=known_head, overrides=overrides)
+    return loading.config_from_dict(values, origin, find_head=known_head, find_format=known_format, overrides=overrides)

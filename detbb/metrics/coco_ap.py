@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from detbb.data.formats.coco_json import no_garbage_collection
+from detbb.data.formats.coco_json import coco_dict, no_garbage_collection
 from detbb.structures.annotations import Annotations
 
 Kind = Literal["bbox", "segm", "keypoints"]
@@ -22,33 +22,12 @@ def coco_ground_truth(annotations: Annotations, kind: Kind = "bbox") -> dict[str
 
     `segm`: an object without a mask is a region to ignore, neither missed nor a place for false positives.
     """
-    objects: list[dict[str, Any]] = []
-    owners = np.repeat(annotations.image_ids, np.diff(annotations.first)).tolist()
-    columns = (annotations.boxes_xywh, annotations.labels, annotations.crowd, annotations.areas, annotations.object_ids)
-    for row, (box, label, crowd, area, number) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-        category = int(annotations.category_ids[label])
-        item = {"id": number, "image_id": owners[row], "category_id": category, "bbox": box, "area": area}
-        item["iscrowd"] = int(crowd)
-        if kind == "segm" and annotations.segments is not None:
-            x, y, w, h = box
-            segmentation = annotations.segments.coco(row)
-            item["segmentation"] = segmentation or [[x, y, x + w, y, x + w, y + h, x, y + h]]
-            item["iscrowd"] = int(crowd or not segmentation)
-        if kind == "keypoints" and annotations.keypoints is not None:
-            item["keypoints"] = annotations.keypoints[row].astype(np.float64).ravel().tolist()
-            item["num_keypoints"] = int((annotations.keypoints[row, :, 2] > 0).sum())
-        objects.append(item)
-    images = [
-        {"id": number, "height": height, "width": width, "file_name": name}
-        for number, (height, width), name in zip(
-            annotations.image_ids.tolist(), annotations.sizes.tolist(), annotations.file_names, strict=True
-        )
-    ]
-    categories = [
-        {"id": number, "name": name}
-        for number, name in zip(annotations.category_ids.tolist(), annotations.classes, strict=True)
-    ]
-    return {"info": {}, "images": images, "annotations": objects, "categories": categories}
+    truth = coco_dict(annotations, masks=kind == "segm", keypoints=kind == "keypoints")
+    for item in truth["annotations"]:
+        if item.get("segmentation", True) == []:
+            x, y, w, h = item["bbox"]
+            item |= {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]], "iscrowd": 1}
+    return {"info": {}, **truth}
 
 
 def _box_columns(results: list[dict[str, Any]]) -> np.ndarray | None:

@@ -267,8 +267,8 @@ DATA_FAULTS = [
     ),
     DataFault(
         "val lacks a class of train",
-        "refused",
-        "lacks: zebra",
+        "accepted",
+        "",
         lambda d: (
             d.json["val"]["categories"].pop(),
             d.json["val"].update(annotations=[a for a in d.json["val"]["annotations"] if a["category_id"] == 1]),
@@ -604,7 +604,7 @@ FILE_FAULTS = [
         lambda f: f.save({k: v for k, v in f.content.items() if k != "rng"}),
     ),
     FileFault("a key too many", "checkpoint", "not a detbb checkpoint", lambda f: f.with_("extra", 1)),
-    FileFault("format of a later version", "checkpoint", "format 2", lambda f: f.with_("format_version", 2)),
+    FileFault("format of a later version", "checkpoint", "format 9", lambda f: f.with_("format_version", 9)),
     FileFault("step as text", "checkpoint", "step is a str", lambda f: f.with_("step", "5")),
     FileFault("step below 0", "checkpoint", "step is -1", lambda f: f.with_("step", -1)),
     FileFault("a list among the tensors", "checkpoint", "model.x is a list", lambda f: f.with_("model/x", [1])),

@@ -18,7 +18,7 @@ from rich.text import Text
 from detbb.config.schema import DataConfig
 from detbb.core.errors import UserError
 from detbb.data.doctor.image_files import examine_files
-from detbb.data.formats import read_split
+from detbb.data.formats import follows_train, read_split
 from detbb.data.formats.faults import Faults
 from detbb.structures.annotations import Annotations, Fault
 
@@ -101,12 +101,9 @@ def examine(data: Mapping[str, DataConfig], *, files: bool = True) -> Report:
         for split, config in (("train", source.train), ("val", source.val)):
             place = f"data.{name}.{split}"
             train = found["train"].annotations if "train" in found else None
-            follows = (
-                split == "val" and source.classes is None and source.format in ("coco", "voc") and train is not None
-            )
             origin = "" if config is None else str(config.annotations or config.images or source.format)
             try:
-                classes = train.classes if follows and train is not None else None
+                classes = train.classes if train is not None and follows_train(source, split) else None
                 annotations = read_split(source, split, name, classes=classes, strict=False)
             except UserError as error:
                 reason = str(error).removeprefix(f"{place}: ")

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -17,6 +16,8 @@ from detbb.core.errors import UserError
 from detbb.core.files import write_atomically
 from detbb.data.doctor.examine import Report, Split, examine
 from detbb.data.doctor.image_files import on_disk
+from detbb.data.formats import find_format
+from detbb.data.formats.coco_json import coco_dict
 from detbb.structures.annotations import Annotations
 
 
@@ -63,55 +64,30 @@ def write_repaired(config: Config, report: Report, folder: Path) -> Config:
     repaired = copy.deepcopy(config)
     for found in report.splits.values():
         source, a = repaired.data[found.source], found.annotations
-        if source.format == "shapes" or a is None:  # generated anew where it is not there
+        if a is None or find_format(source.format).generated:  # anew, where it is not there
             continue
         place = folder / found.source / found.split
         written = _write_semantic(found, a, place) if a.mask_files is not None else _write_coco(found, a, place)
         source.train, source.val = (written, source.val) if found.split == "train" else (source.train, written)
         if a.mask_files is None:
-            source.classes = list(a.classes)  # the order of the labels
-    for found in report.splits.values():
-        if repaired.data[found.source].format in ("voc", "yolo"):
-            repaired.data[found.source].format = "coco"
+            source.format, source.classes = "coco", list(a.classes)  # the order of the labels
     save_config(repaired, folder / "config.yaml")
     return repaired
 
 
 def _write_coco(found: Split, a: Annotations, place: Path) -> SplitConfig:
     """`place.json`, with the images that can be used."""
-    images: list[dict[str, Any]] = []
-    objects: list[dict[str, Any]] = []
-    for index in range(len(a)):
+    content = coco_dict(a, masks=True, keypoints=True)
+    images = []
+    for index, image in enumerate(content["images"]):
         file = on_disk(a.path(index))
-        if file is None or (index in found.bad and file == a.path(index)):
-            continue
-        height, width = a.sizes[index].tolist()
-        image_id = int(a.image_ids[index])
-        name = file.relative_to(a.root).as_posix()
-        images.append({"id": image_id, "file_name": name, "height": height, "width": width})
-        objects += [{**_object(a, row), "image_id": image_id} for row in range(a.first[index], a.first[index + 1])]
-    points = {"keypoints": list(a.keypoint_names)} if a.keypoint_names else {}
-    categories = [{"id": i, "name": n, **points} for i, n in zip(a.category_ids.tolist(), a.classes, strict=True)]
-    content = {"images": images, "annotations": objects, "categories": categories}
+        if file is not None and (index not in found.bad or file != a.path(index)):
+            images.append({**image, "file_name": file.relative_to(a.root).as_posix()})
+    kept = {image["id"] for image in images}
+    content |= {"images": images, "annotations": [o for o in content["annotations"] if o["image_id"] in kept]}
     path = place.with_suffix(".json")
     write_atomically(path, lambda file: file.write(json.dumps(content, allow_nan=False).encode()))
     return SplitConfig(images=str(a.root.resolve()), annotations=str(path.resolve()))
-
-
-def _object(a: Annotations, row: int) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "id": int(a.object_ids[row]),
-        "category_id": int(a.category_ids[a.labels[row]]),
-        "bbox": a.boxes_xywh[row].tolist(),
-        "area": float(a.areas[row]),
-        "iscrowd": int(a.crowd[row]),
-    }
-    if a.segments is not None:
-        made["segmentation"] = a.segments.coco(row)
-    if a.keypoints is not None:
-        made["keypoints"] = a.keypoints[row].ravel().tolist()
-        made["num_keypoints"] = int((a.keypoints[row, :, 2] > 0).sum())
-    return made
 
 
 def _write_semantic(found: Split, a: Annotations, place: Path) -> SplitConfig:

@@ -1,14 +1,14 @@
-"""Data sources: readers into one array form, augmentation, and loaders in step order."""
+"""Data formats: `FORMATS` names every one that comes with detbb; `find_format` also finds those outside."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from detbb.config.schema import DataConfig, SplitConfig
+from detbb.core.doors import lookup, refuse_import
 from detbb.core.errors import UserError
+from detbb.data.formats.base import Format, Request
 from detbb.data.formats.class_names import read_classes
 from detbb.data.formats.coco import read_coco
 from detbb.data.formats.faults import Faults
@@ -17,6 +17,51 @@ from detbb.data.formats.shapes import generate_shapes
 from detbb.data.formats.voc import read_voc
 from detbb.data.formats.yolo import read_yolo
 from detbb.structures.annotations import Annotations
+
+
+def _coco(r: Request) -> Annotations:
+    return read_coco(r.images, r.annotations, classes=r.classes, exact=r.exact, may_lack=r.may_lack, faults=r.faults)
+
+
+def _shapes(r: Request) -> Annotations:
+    config = r.source.train if r.split == "train" else r.source.val
+    folder = generate_shapes(r.images, r.split, config.size if config is not None else None)
+    return read_coco(folder / "images", folder / "annotations.json", classes=r.classes, exact=r.exact)
+
+
+def _yolo(r: Request) -> Annotations:
+    return read_yolo(r.images, r.annotations, read_classes(r.source.classes), faults=r.faults)
+
+
+def _semantic(r: Request) -> Annotations:
+    classes = read_classes(r.source.classes)
+    return read_semantic(r.images, r.annotations, classes, ignore_index=r.source.ignore_index, faults=r.faults)
+
+
+FORMATS: dict[str, Format] = {
+    "coco": Format(_coco, ("boxes", "masks", "keypoints", "labels")),
+    "voc": Format(read_voc, ("boxes", "labels")),
+    "yolo": Format(_yolo, ("boxes", "masks", "labels"), classes_from="config"),
+    "semantic": Format(_semantic, ("semantic",), classes_from="config"),
+    "shapes": Format(_shapes, ("boxes", "masks", "keypoints", "labels"), classes_from="format", generated=True),
+}
+
+
+def find_format(name: str) -> Format:
+    """A name in `FORMATS`, or `package.module:name` of a `Format`. Raises UserError if there is none."""
+    return lookup(
+        FORMATS,
+        name,
+        key="data format",
+        check=lambda found: isinstance(found, Format),
+        what="detbb.data.formats.Format",
+    )
+
+
+def known_format(name: str) -> Format:
+    """`find_format` for what a file names that may be anybody's: imports nothing."""
+    refuse_import(name, key="data format")
+    return find_format(name)
 
 
 def read_split(
@@ -28,50 +73,52 @@ def read_split(
     classes differ from them is an error. Not `strict`: faults that are refused are in `faults` beside those repaired,
     and what has them is left out.
     """
-    place = f"data.{name}.{split}"
+    data_format = find_format(source.format)
     config = {"train": source.train, "val": source.val}.get(split)
-    if config is None or (source.format != "shapes" and not config.images and not config.annotations):
+    if config is None or not (data_format.generated or config.images or config.annotations):
         return None
-    exact = source.classes is None
-    if classes is None and exact and split == "val" and source.format in ("coco", "voc"):
+    if classes is None and follows_train(source, split):
         train = read_split(source, "train", name, strict=False)
         classes = train.classes if train is not None else None
     try:
-        annotations = _read(source, config, split, classes, strict=strict)
+        annotations = data_format.read(_request(source, config, split, classes, strict=strict))
         if strict and classes is not None and annotations.classes != tuple(classes):
             raise UserError(f"classes {list(annotations.classes)} are not those wanted: {list(classes)}")
     except UserError as e:
-        raise UserError(f"{place}: {e}") from None
+        raise UserError(f"data.{name}.{split}: {e}") from None
     return annotations
 
 
-def _read(
+def follows_train(source: DataConfig, split: str) -> bool:
+    """Whether the classes of this split are those of `train`."""
+    return split == "val" and source.classes is None and find_format(source.format).classes_from == "files"
+
+
+def _request(
     source: DataConfig, config: SplitConfig, split: str, classes: Sequence[str] | None, *, strict: bool
-) -> Annotations:
+) -> Request:
     exact = classes is not None and source.classes is None
-    classes = classes or source.classes if source.format in ("coco", "voc", "shapes") else None
-    if source.format == "shapes":
-        folder = generate_shapes(Path(config.images or "data/shapes"), split, config.size)
-        return read_coco(folder / "images", folder / "annotations.json", classes=classes, exact=exact)
-    if not config.images or not config.annotations:
-        raise UserError(
-            f"`{'annotations' if config.images else 'images'}` is missing; format {source.format} needs both"
-        )
+    data_format = find_format(source.format)
+    if data_format.classes_from == "config":
+        if source.classes is None:
+            raise UserError(f"format {source.format} needs `classes`: a file with the class names, or a list")
+        classes = None
+    else:
+        classes = classes or source.classes
+    if data_format.generated:
+        config = SplitConfig(config.images or "data/shapes", config.annotations or "")
+    if not config.images or config.annotations is None:
+        missing = "annotations" if config.images else "images"
+        raise UserError(f"`{missing}` is missing; format {source.format} needs both")
     images, annotations = Path(config.images), Path(config.annotations)
-    if not images.is_dir():
+    if not (data_format.generated or images.is_dir()):
         raise UserError(f"images: {images} is not a folder")
-    faults = Faults(annotations, strict=strict, skip_bad_images=source.on_bad_image == "skip")
-    if source.format == "coco":
-        return read_coco(images, annotations, classes=classes, exact=exact, faults=faults)
-    if source.format == "voc":
-        found = read_voc(images, annotations, classes=classes, exact=exact, faults=faults)
-        unused = np.flatnonzero(np.bincount(found.labels, minlength=len(found.classes)) == 0).tolist()
-        if unused and split == "train" and source.classes is not None:
-            raise UserError(f"classes: {found.classes[unused[0]]!r} has no object in {annotations}")
-        return found
-    if source.classes is None:
-        raise UserError(f"format {source.format} needs `classes`: a file with the class names, or a list")
-    names = read_classes(source.classes)
-    if source.format == "yolo":
-        return read_yolo(images, annotations, names, faults=faults)
-    return read_semantic(images, annotations, names, ignore_index=source.ignore_index, faults=faults)
+    return Request(
+        images,
+        annotations,
+        split,
+        source,
+        Faults(annotations, strict=strict, skip_bad_images=source.on_bad_image == "skip"),
+        None if classes is None else tuple(classes),
+        exact,
+    )

@@ -13,11 +13,12 @@ import numpy as np
 
 from detbb.core.errors import UserError
 from detbb.data.formats.annotation_cache import Remembered
+from detbb.data.formats.base import annotations_of
 from detbb.data.formats.coco_json import Category, CocoFile, Image, Object, no_garbage_collection
-from detbb.data.formats.faults import MAX_COORDINATE, Faults, Rows, choose_classes, validate_objects
+from detbb.data.formats.faults import MAX_COORDINATE, Faults, Rows, choose_classes
 from detbb.data.formats.fork_map import spread
 from detbb.data.images import BadImage, image_header, name_fault, safe_join
-from detbb.structures.annotations import Annotations, PackedStrings, Segments
+from detbb.structures.annotations import Annotations, Segments
 
 LEAST_RUNS = 32  # of objects, for a process to be worth its start
 _FIELDS = attrgetter(*Object.__struct_fields__)
@@ -32,21 +33,22 @@ def read_coco(
     *,
     classes: Sequence[str] | None = None,
     exact: bool = False,
+    may_lack: bool = False,
     faults: Faults | None = None,
 ) -> Annotations:
     """One COCO file with the images it names below `images`.
 
-    Labels follow the category ids, or the order of `classes` (objects of other classes are left out; with `exact` there
-    may be none). Crowds are kept and flagged. A file without any box says what whole images are: each object gets a box
-    around its image. Raises UserError for what cannot be repaired, with the first ids, unless `faults` is not strict.
+    Labels follow the category ids, or the order of `classes`: objects of other classes are left out, with `exact` there
+    may be none, with `may_lack` the file need not have all of them. Crowds are kept and flagged. A file without any box
+    says what whole images are: each object gets a box around its image. Raises UserError for what cannot be repaired, with the first ids, unless `faults` is not strict.
     What a large file became is remembered, if nothing else had a part in it.
     """
     faults = faults or Faults(annotations)
-    memory = Remembered(annotations, ("coco", None if classes is None else tuple(classes), exact))
+    memory = Remembered(annotations, ("coco", None if classes is None else tuple(classes), exact, may_lack))
     if (recalled := memory.recall(images)) is not None:
         faults.found += recalled.faults
         return recalled
-    found = _read(images, annotations, classes, faults, exact=exact)
+    found = _read(images, annotations, classes, faults, exact=exact, may_lack=may_lack)
     if all(f.repaired for f in found.faults) and not faults.of_images:
         memory.remember(found)
     return found
@@ -54,30 +56,29 @@ def read_coco(
 
 @no_garbage_collection()  # around the function, so that its objects are gone when collecting goes on
 def _read(
-    images: Path, annotations: Path, classes: Sequence[str] | None, faults: Faults, *, exact: bool
+    images: Path, annotations: Path, classes: Sequence[str] | None, faults: Faults, *, exact: bool, may_lack: bool
 ) -> Annotations:
     file = CocoFile(annotations)
     faults.refuse("category id used twice:", _repeated([c.id for c in file.categories]))
     categories = sorted({c.id: c for c in reversed(file.categories)}.values(), key=lambda c: c.id)
-    names = choose_classes([c.name for c in categories], classes, faults, exact=exact)
+    names = choose_classes([c.name for c in categories], classes, faults, exact=exact, may_lack=may_lack)
     category_ids = _category_ids(categories, names)
     used, sizes = _usable_images(images, file.images, faults)
     image_ids = np.array([i.id for i in used], dtype=np.int64)
     keypoint_names = _keypoint_names(categories, names, annotations)
     rows = _rows(file, _Images(image_ids, sizes), category_ids, len(keypoint_names), faults)
     keypoint_names = keypoint_names if rows.keypoints is not None else ()
-    fields = validate_objects(rows, sizes, faults)
-    return Annotations(
-        root=images,
+    return annotations_of(
+        images,
+        [i.file_name for i in used],
+        sizes,
+        rows,
+        faults,
         classes=names,
         category_ids=category_ids,
         image_ids=image_ids,
-        file_names=PackedStrings(i.file_name for i in used),
-        sizes=sizes,
         keypoint_names=keypoint_names,
         flip_pairs=flip_pairs(keypoint_names),
-        faults=faults.finish(),
-        **fields,
     )
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from detbb.core.errors import UserError
 from detbb.data.images import read_bytes
+from detbb.structures.annotations import Annotations
 
 T = TypeVar("T")
 Id = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]  # leaves room for new ones
@@ -114,3 +116,24 @@ def _decode_by_python(data: bytes, kind: type[T]) -> T:
     made = msgspec.convert(content, kind)
     msgspec.json.encode(made)  # lone surrogates, which Python's reader takes as well, are no text
     return made
+
+
+def coco_dict(a: Annotations, *, masks: bool = False, keypoints: bool = False) -> dict[str, Any]:
+    """The split as the content of a COCO file; masks, keypoints: with them, where there are any."""
+    columns = (a.object_ids, np.repeat(a.image_ids, np.diff(a.first)), a.category_ids[a.labels], a.boxes_xywh, a.areas)
+    names = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    values = zip(*(c.tolist() for c in (*columns, a.crowd.astype(int))), strict=True)
+    objects: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in values]
+    for row, item in enumerate(objects):
+        if masks and a.segments is not None:
+            item["segmentation"] = a.segments.coco(row)
+        if keypoints and a.keypoints is not None:
+            item["keypoints"] = a.keypoints[row].ravel().tolist()
+            item["num_keypoints"] = int((a.keypoints[row, :, 2] > 0).sum())
+    images = [
+        {"id": number, "height": height, "width": width, "file_name": name}
+        for number, (height, width), name in zip(a.image_ids.tolist(), a.sizes.tolist(), a.file_names, strict=True)
+    ]
+    points = {"keypoints": list(a.keypoint_names)} if keypoints and a.keypoint_names else {}
+    categories = [{"id": n, "name": name, **points} for n, name in zip(a.category_ids.tolist(), a.classes, strict=True)]
+    return {"images": images, "annotations": objects, "categories": categories}

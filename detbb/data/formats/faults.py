@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from detbb.structures.annotations import Fault, Segments
 
 SHOWN = 10
 MAX_COORDINATE = 1e9  # pixels; products and float32 of larger ones overflow
+UNSAID = np.empty(0)  # a column of `Rows` that the format does not have
 
 
 class Faults:
@@ -59,11 +60,19 @@ class Rows:
     image: np.ndarray  # (M,) int64 index of the image
     label: np.ndarray  # (M,) int64; -1: of a class that is not wanted
     boxes_xywh: np.ndarray  # (M, 4) float64
-    area: np.ndarray  # (M,) float64, NaN where missing
-    crowd: np.ndarray  # (M,) bool
-    ids: np.ndarray  # (M,) int64, 0 where missing
+    area: np.ndarray = field(default_factory=lambda: UNSAID)  # (M,) float64, NaN where missing; of the boxes
+    crowd: np.ndarray = field(default_factory=lambda: UNSAID)  # (M,) bool; False
+    ids: np.ndarray = field(default_factory=lambda: UNSAID)  # (M,) int64, 0 where missing; counted from 1
     segments: Segments | None = None  # (M,)
     keypoints: np.ndarray | None = None  # (M, K, 3) float32
+
+    def __post_init__(self) -> None:
+        if self.area is UNSAID:
+            self.area = self.boxes_xywh[:, 2:].prod(axis=1)
+        if self.crowd is UNSAID:
+            self.crowd = np.zeros(len(self.image), dtype=bool)
+        if self.ids is UNSAID:
+            self.ids = np.arange(1, len(self.image) + 1)
 
 
 def validate_objects(rows: Rows, sizes: np.ndarray, faults: Faults) -> dict[str, Any]:
@@ -131,16 +140,18 @@ def _segments(
 
 
 def choose_classes(
-    found: Sequence[str], wanted: Sequence[str] | None, faults: Faults, *, exact: bool
+    found: Sequence[str], wanted: Sequence[str] | None, faults: Faults, *, exact: bool = False, may_lack: bool = False
 ) -> tuple[str, ...]:
-    """The classes to use, in order. `wanted` must be among `found`; with `exact` there may be no others either."""
+    """The classes to use, in order: those wanted, if any are named, else those found.
+
+    exact: no others may be among those found. may_lack: not all that are wanted have to be.
+    """
     faults.refuse("class name used twice:", sorted({n for n in found if list(found).count(n) > 1}))
     if wanted is None:
         return tuple(dict.fromkeys(found))
     lacks = [n for n in wanted if n not in found]
-    if lacks and not exact:
+    if lacks and not (exact or may_lack):
         raise unknown_name(f"{faults.origin}: classes", lacks[0], found)
-    faults.refuse("class that the training split has, and this one lacks:", lacks)
     if exact:
         faults.refuse("class that the training split lacks:", sorted(set(found) - set(wanted)))
     return tuple(wanted)

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
 from detbb.core.errors import UserError
-from detbb.data.formats.faults import Faults, Rows, validate_objects
+from detbb.data.formats.base import Request, annotations_of
+from detbb.data.formats.faults import Faults, Rows
 from detbb.data.images import list_images, read_text, readable_headers, safe_join
-from detbb.structures.annotations import Annotations, PackedStrings
+from detbb.structures.annotations import Annotations
 
 
-def read_voc(
-    images: Path,
-    image_set: Path,
-    *,
-    classes: Sequence[str] | None = None,
-    exact: bool = False,
-    faults: Faults | None = None,
-) -> Annotations:
-    """The images that `image_set` lists (one name without suffix a line), with the XML files in `Annotations/`.
+def read_voc(request: Request) -> Annotations:
+    """The images that the image set lists (one name without suffix a line), with the XML files in `Annotations/`.
 
     `Annotations/` is looked for beside the image set, up to three folders above it, and beside the images. Coordinates
     count from 1 and include both ends: x of the box is `xmin` - 1, its right edge `xmax`. `difficult` objects are
-    crowds. Image ids are the line numbers, from 1. Classes are sorted by name unless given; objects of others are left
-    out, or with `exact` refused. Raises UserError for what cannot be repaired, unless `faults` is not strict.
+    crowds. Image ids are the line numbers, from 1. Classes are sorted by name unless given. Raises UserError for what
+    cannot be repaired, unless `faults` is not strict.
     """
-    faults = faults or Faults(image_set)
-    folder = _annotation_folder(images, image_set)
-    stems, files = _listed(images, image_set, faults)
+    images, faults = request.images, request.faults
+    folder = _annotation_folder(images, request.annotations)
+    stems, files = _listed(images, request.annotations, faults)
     trees, wrong = _parse_all(folder, stems)
     faults.refuse("annotation file that cannot be used:", wrong)
     sizes, bad = _sizes(trees, images, files)
@@ -44,28 +38,17 @@ def read_voc(
     faults.refuse("object without a bndbox of four numbers:", bare)
     objects = [o for o, box in zip(objects, boxes, strict=True) if box is not None]
     names = [_name(o) for _, o in objects]
-    chosen = tuple(sorted(set(names)) if classes is None else classes)
-    if exact:
-        faults.refuse("class that the training split lacks:", sorted(set(names) - set(chosen)))
-    image_sizes = np.array([sizes[stem] for stem in used], dtype=np.int32).reshape(-1, 2)
-    boxes_xywh = np.array([box for box in boxes if box is not None], dtype=np.float64).reshape(-1, 4)
+    classes = request.choose_classes(sorted(set(names)))
     rows = Rows(
         image=np.array([i for i, _ in objects], dtype=np.int64),
-        label=np.array([chosen.index(n) if n in chosen else -1 for n in names], dtype=np.int64),
-        boxes_xywh=boxes_xywh,
-        area=boxes_xywh[:, 2] * boxes_xywh[:, 3],
+        label=np.array([classes.index(n) if n in classes else -1 for n in names], dtype=np.int64),
+        boxes_xywh=np.array([box for box in boxes if box is not None], dtype=np.float64).reshape(-1, 4),
         crowd=np.array([(o.findtext("difficult") or "0").strip() == "1" for _, o in objects], dtype=bool),
-        ids=np.arange(1, len(objects) + 1),
     )
-    return Annotations(
-        root=images,
-        classes=chosen,
-        category_ids=np.arange(1, len(chosen) + 1),
-        image_ids=np.array([stems[stem] for stem in used], dtype=np.int64),
-        file_names=PackedStrings(files[s] for s in used),
-        sizes=image_sizes,
-        **validate_objects(rows, image_sizes, faults),
-        faults=faults.finish(),
+    image_sizes = np.array([sizes[stem] for stem in used], dtype=np.int32).reshape(-1, 2)
+    image_ids = np.array([stems[stem] for stem in used], dtype=np.int64)
+    return annotations_of(
+        images, [files[s] for s in used], image_sizes, rows, faults, classes=classes, image_ids=image_ids
     )
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from detbb.core.errors import UserError
-from detbb.data.formats.faults import Faults, Rows, validate_objects
+from detbb.data.formats.base import annotations_of
+from detbb.data.formats.faults import Faults, Rows
 from detbb.data.images import list_images, read_text, readable_headers, safe_join
-from detbb.structures.annotations import Annotations, PackedStrings, Segments
+from detbb.structures.annotations import Annotations, Segments
 
 
 def read_yolo(images: Path, labels: Path, classes: Mapping[int, str], *, faults: Faults | None = None) -> Annotations:
@@ -51,25 +52,22 @@ def read_yolo(images: Path, labels: Path, classes: Mapping[int, str], *, faults:
             polygons.append([] if len(points) == 2 else [points.ravel().tolist()])
     faults.refuse("line that is not `class x y w h` or `class x1 y1 x2 y2 x3 y3 …`:", wrong)
     faults.refuse(f"line of a class that is none of {len(label_of)}:", unknown)
-    boxes_xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     rows = Rows(
         image=np.array(image, dtype=np.int64),
         label=np.array(label, dtype=np.int64),
-        boxes_xywh=boxes_xywh,
+        boxes_xywh=np.array(boxes, dtype=np.float64).reshape(-1, 4),
         area=np.nan_to_num(np.array(areas, dtype=np.float64)).clip(min=0),
-        crowd=np.zeros(len(image), dtype=bool),
-        ids=np.arange(1, len(image) + 1),
         segments=Segments(polygons) if any(polygons) else None,
     )
-    return Annotations(
-        root=images,
+    return annotations_of(
+        images,
+        files,
+        sizes,
+        rows,
+        faults,
         classes=tuple(classes.values()),
         category_ids=np.array(list(classes), dtype=np.int64) + 1,
         image_ids=np.flatnonzero([name in headers for name in listed]) + 1,
-        file_names=PackedStrings(files),
-        sizes=sizes,
-        **validate_objects(rows, sizes, faults),
-        faults=faults.finish(),
     )
 
 
