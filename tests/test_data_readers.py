@@ -173,9 +173,7 @@ def test_val_follows_the_order_of_train_and_refuses_other_classes(tmp_path: Path
         and val.category_ids.tolist() == [2, 1]
         and val.labels.tolist() == [1]
     )
-    with pytest.raises(
-        UserError, match=r"data\.mine\.val: .* 1 x class that the training split lacks: cat$"
-    ):
+    with pytest.raises(UserError, match=r"data\.mine\.val: .* 1 x class that the training split lacks: cat$"):
         read_split(DataConfig(train=splits["train"], val=splits["other"]), "val", "mine")
     assert read_split(DataConfig(train=splits["train"]), "val", "mine") is None
 
@@ -239,6 +237,7 @@ def test_voc_reads_the_same_content_as_coco(tmp_path: Path) -> None:
     source.classes = ["zebra", "lion"]
     with pytest.raises(UserError, match="'lion' is not known; valid are car, zebra"):
         read_split(source, "train", "voc")
+    source.classes = None
     (tmp_path / "voc" / "Annotations" / "a.xml").write_text(
         "<!DOCTYPE x [<!ENTITY a 'b'>]><annotation>&a;</annotation>"
     )

@@ -82,7 +82,10 @@ def test_data_page_names_every_format_and_everything_that_is_repaired():
     text = " ".join(page("data").split())
     assert all(f"`{name}`" in text for name in FORMATS)
     assert all(name.replace("JPEG2000", "JPEG 2000").lower() in text.lower() for name in images.FORMATS)
-    readers = [REPOSITORY / "detbb" / "data" / "formats" / f"{name}.py" for name in ("coco", "faults", "semantic", "voc", "yolo")]
+    readers = [
+        REPOSITORY / "detbb" / "data" / "formats" / f"{name}.py"
+        for name in ("coco", "faults", "semantic", "voc", "yolo")
+    ]
     code = "\n".join(path.read_text() for path in readers)
     kinds = re.findall(r"faults\.repair\(\s*\"(.*?)(?: \(.*?\))?(?:, \w+ ids|:)?\"", code)
     assert len(kinds) >= 5
