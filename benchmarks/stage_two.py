@@ -114,7 +114,7 @@ class Setting:
                 features = dict(
                     zip(("p3", "p4", "p5", "p6", "p7"), body(normalize(batch.images / 255)).values(), strict=True)
                 )
-                total = sum(head.loss(head(features), batch).values())
+                total = sum(head.loss(head(features, batch.sizes), batch).values())
                 assert torch.isfinite(total)
                 optimizer.zero_grad()
                 total.backward()
@@ -130,9 +130,7 @@ class Setting:
 
         def epoch() -> None:
             for batch in given:
-                total = torch.stack(
-                    list(head.loss(head.output_to_learn_from(batch.precomputed.levels, batch), batch).values())
-                ).sum()
+                total = torch.stack(list(head.loss(head(batch.precomputed.levels, batch.sizes), batch).values())).sum()
                 optimizer.zero_grad(set_to_none=True)
                 total.backward()
                 optimizer.step()

@@ -132,7 +132,7 @@ def breakdown(made: TrainState, batch: Batch, repeats: int) -> dict[str, float]:
         )
         marks.append(time.perf_counter())
         head = made.detector.head("it")
-        output = head.output_to_learn_from(features, batch)
+        output = head(features, batch.sizes)
         marks.append(time.perf_counter())
         total = torch.stack(list(head.loss(output, batch).values())).sum()
         marks.append(time.perf_counter())

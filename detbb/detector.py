@@ -107,7 +107,7 @@ class Detector(nn.Module):
         losses: dict[str, Tensor] = {}
         for name in names:
             head = self.head(name)
-            for loss, value in head.loss(head.output_to_learn_from(features, batch), batch).items():
+            for loss, value in head.loss(head(features, batch.sizes), batch).items():
                 losses[f"{name}/{loss}"] = value * self.loss_weights.get(name, 1.0)
         if world_size() > 1 and self.training:
             trained, used = self.trainable_parameters(), _used_parameters(losses.values())
@@ -143,7 +143,7 @@ class Detector(nn.Module):
         """
         features = self.features(images, sizes)
         chosen = list(self.heads) if heads is None else list(heads)
-        return {name: self.head(name).decode(self.head(name)(features), sizes) for name in chosen}
+        return {name: self.head(name).decode(self.head(name)(features, sizes), sizes) for name in chosen}
 
     def _inherited(self) -> set[str]:
         return {f"heads.{name}" for name in self.heads if name not in self.sources}

@@ -6,12 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detbb.config.schema import HeadConfig
 from detbb.distributed.collectives import shared_count
-from detbb.heads.base import Evaluator, Head, HeadSpec
+from detbb.heads import Evaluator, Head, HeadConfig, HeadSpec, Predictions
 from detbb.structures.annotations import Annotations
 from detbb.structures.batch import Batch, ImageSize
-from detbb.structures.predictions import Predictions
 
 
 @dataclass
@@ -34,12 +32,13 @@ class CountingHead(Head):
         self.rate = nn.Conv2d(64, len(spec.classes), kernel_size=1)
         nn.init.constant_(self.rate.bias, -3.0)  # most cells hold no centre
 
-    def forward(self, features: dict[str, Tensor]) -> Tensor:
-        """(B, C, h, w) expected centres, in float32 also under autocast."""
+    def forward(self, features: dict[str, Tensor], sizes: list[ImageSize]) -> Tensor:
+        """(B, C, h, w) expected centres, none of them in the padding; in float32 also under autocast."""
         maps = [features[self.finest]]
         maps += [nn.functional.interpolate(features[level], maps[0].shape[-2:]) for level in self.coarser]
         rate = self.rate(torch.relu(self.hidden(torch.cat(maps, dim=1))))
-        return nn.functional.softplus(rate.to(torch.promote_types(rate.dtype, torch.float32)))
+        rate = nn.functional.softplus(rate.to(torch.promote_types(rate.dtype, torch.float32)))
+        return rate * self.image_mask(self.finest, features, sizes)[:, None]
 
     def loss(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Poisson likelihood of the centres in each cell, over the objects of all processes."""
@@ -51,8 +50,7 @@ class CountingHead(Head):
         return {"loss_count": total / shared_count(truth.sum())}
 
     def decode(self, output: Tensor, sizes: list[ImageSize]) -> list[Predictions]:
-        cells = [[-(-side // self.spec.strides[self.finest]) for side in hw] for hw, _ in sizes]  # without the padding
-        return [Predictions(values=o[:, :h, :w].sum((1, 2)).float()) for o, (h, w) in zip(output, cells, strict=True)]
+        return [Predictions(values=counts) for counts in output.sum((2, 3)).float()]
 
     def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
         labels = [annotations.labels[r][~annotations.crowd[r]] for r in map(annotations.rows, range(len(annotations)))]

@@ -102,7 +102,7 @@ def test_losses_never_wait_for_the_device(name):
             for key, value in vars(target).items():
                 if isinstance(value, torch.Tensor):
                     setattr(target, key, mode.from_tensor(value))
-        sum(head.loss(head(fake), batch).values())
+        sum(head.loss(head(fake, batch.sizes), batch).values())
         with pytest.raises(Exception, match=r"nonzero"):
             torch.nonzero(fake[levels[0]] > 0)  # the same mode does refuse what waits
 
@@ -110,7 +110,7 @@ def test_losses_never_wait_for_the_device(name):
 def test_semantic_loss_is_the_mean_over_labelled_pixels_alone():
     head, features, batch = make_head(SemanticHead), make_features(SEMANTIC_LEVELS), make_batch()
     batch.targets[0].semantic[10:30] = 255
-    output = head(features)
+    output = head(features, batch.sizes)
     logits = F.interpolate(output, size=(96, 128), mode="bilinear", align_corners=False).log_softmax(1)
     picked = []
     for row, target in zip(logits, batch.targets, strict=True):
@@ -124,7 +124,7 @@ def test_semantic_loss_is_the_mean_over_labelled_pixels_alone():
 def test_semantic_loss_ignores_what_is_in_ignored_pixels():
     head, features, batch = make_head(SemanticHead), make_features(SEMANTIC_LEVELS), make_batch()
     batch.targets[0].semantic[:, :64] = 255
-    output = head(features)
+    output = head(features, batch.sizes)
     changed = output.detach().clone()
     changed[0, :, :, :7] += 5  # cells whose bilinear reach ends before pixel 64
     assert head.loss(changed, batch)["loss_sem"] == head.loss(output, batch)["loss_sem"]
@@ -143,22 +143,29 @@ def test_semantic_logits_are_cropped_not_squeezed_to_the_image():
 
 
 def test_semantic_logits_of_a_coarse_level_cover_the_batch_as_in_the_loss():
-    head, output = make_head(SemanticHead, levels=["p6"]), torch.randn(1, 3, 2, 3)  # of 96 x 160 pixels, not 128 x 192
-    (prediction,) = head.decode(output, [ImageSize((90, 150), (90, 150))])
-    whole = F.interpolate(output, size=(96, 160), mode="bilinear", align_corners=False)
-    assert torch.equal(prediction.semantic, whole[0, :, :90, :150])
+    """Each cell covers its 64 pixels: the batch's 96 x 160 end inside the last ones."""
+    head, output = make_head(SemanticHead, levels=["p6"]), torch.randn(2, 3, 2, 3)
+    batch = make_batch(((90, 150), (96, 160)), padded=(96, 160))
+    whole = F.interpolate(output, size=(128, 192), mode="bilinear", align_corners=False)
+    found = head.decode(output, batch.sizes)
+    picked = []
+    for prediction, row, target in zip(found, whole, batch.targets, strict=True):
+        height, width = target.size.hw
+        assert torch.equal(prediction.semantic, row[:, :height, :width])
+        picked.append(-prediction.semantic.log_softmax(0).gather(0, target.semantic.long()[None]).flatten())
+    torch.testing.assert_close(head.loss(output, batch)["loss_sem"], torch.cat(picked).mean())
 
 
 def test_semantic_sums_levels_of_different_width():
     head = make_head(SemanticHead, levels=["layer2", "layer4"], norm=None, channels=16)
-    assert head(make_features(("layer2", "layer4"))).shape == (2, 3, 12, 16)
+    assert head(make_features(("layer2", "layer4")), make_batch().sizes).shape == (2, 3, 12, 16)
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_classification_does_not_see_the_padding(multi_label):
     head, features = make_head(ClassifyHead, multi_label=multi_label).eval(), make_features(("p5",), count=1)
     size = ImageSize((64, 70), (64, 70))  # 2 × 3 of 3 × 4 cells
-    (before,) = head.decode(head(features), [size])
+    (before,) = head.decode(head(features, [size]), [size])
     inside = features["p5"][0, :, :2, :3].mean((1, 2))
     linear = head.classifier["p5"]
     logits = linear.weight[:, :, 0, 0] @ inside + linear.bias
@@ -166,7 +173,7 @@ def test_classification_does_not_see_the_padding(multi_label):
     torch.testing.assert_close(before.probabilities, expected)
     features["p5"][:, :, 2:] = 99
     features["p5"][:, :, :, 3:] = 99
-    (after,) = head.decode(head(features), [size])
+    (after,) = head.decode(head(features, [size]), [size])
     assert torch.equal(before.probabilities, after.probabilities)
 
 
@@ -174,20 +181,18 @@ def test_classification_losses_are_cross_entropies():
     features, batch = make_features(("p5",)), make_batch()
     labels = torch.stack([t.image_labels for t in batch.targets])
     one, many = (make_head(ClassifyHead, multi_label=multi) for multi in (False, True))
-    logits = one.logits(one(features), batch.sizes)
-    torch.testing.assert_close(
-        one.loss(one(features), batch)["loss_cls"], F.cross_entropy(logits, labels.int().argmax(1))
-    )
+    logits = one(features, batch.sizes)
+    torch.testing.assert_close(one.loss(logits, batch)["loss_cls"], F.cross_entropy(logits, labels.int().argmax(1)))
     expected = F.binary_cross_entropy_with_logits(logits, labels.float())
-    torch.testing.assert_close(many.loss(many(features), batch)["loss_cls"], expected)
+    torch.testing.assert_close(many.loss(many(features, batch.sizes), batch)["loss_cls"], expected)
     assert (one.main_metric, many.main_metric) == ("cls/accuracy", "cls/mAP")
 
 
 def test_dropout_works_in_training_alone():
-    head, features = make_head(ClassifyHead, dropout=0.5), make_features(("p5",))
-    assert not torch.equal(head(features)["p5"], head(features)["p5"])
+    head, features, sizes = make_head(ClassifyHead, dropout=0.5), make_features(("p5",)), make_batch().sizes
+    assert not torch.equal(head(features, sizes), head(features, sizes))
     head.eval()
-    assert torch.equal(head(features)["p5"], head(features)["p5"])
+    assert torch.equal(head(features, sizes), head(features, sizes))
 
 
 def annotations_with(labels_per_image: list[list[int]]) -> Annotations:
@@ -224,6 +229,6 @@ def test_evaluators_follow_the_heads():
         head = make_head(ClassifyHead, multi_label=multi_label)
         evaluator = head.evaluator(annotations)
         features, sizes = make_features(("p5",)), [ImageSize((64, 64), (64, 64))] * 2
-        for image_id, prediction in zip((50, 51), head.eval().decode(head(features), sizes), strict=True):
+        for image_id, prediction in zip((50, 51), head.eval().decode(head(features, sizes), sizes), strict=True):
             evaluator.add(image_id, prediction)
         assert metric in evaluator.summarize(evaluator.state())

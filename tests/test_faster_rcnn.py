@@ -86,7 +86,7 @@ def test_train_and_eval_mode_give_the_same_losses_and_detections_with_fixed_stat
         head.train(mode)
         if isinstance(head, FasterRcnnC4Head):
             head.layer4.eval()
-        output = head(features)
+        output = head(features, batch.sizes)
         results.append((head.loss(output, batch), head.decode(output, batch.sizes)[0].boxes))
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
@@ -112,7 +112,7 @@ def test_two_shares_of_a_batch_average_to_the_whole(monkeypatch):
         return count
 
     monkeypatch.setattr(rpn_module, "shared_count", record)
-    whole = head.loss(head(features), batch)
+    whole = head.loss(head(features, batch.sizes), batch)
 
     def share(i):
         remaining = iter(totals)
@@ -123,7 +123,7 @@ def test_two_shares_of_a_batch_average_to_the_whole(monkeypatch):
 
         monkeypatch.setattr(rpn_module, "shared_count", of_all_ranks)
         part = replace(batch, images=batch.images[i : i + 1], targets=batch.targets[i : i + 1])
-        return head.loss(head({k: v[i : i + 1] for k, v in features.items()}), part)
+        return head.loss(head({k: v[i : i + 1] for k, v in features.items()}, part.sizes), part)
 
     first, second = share(0), share(1)
     assert counts[0] != counts[2] and counts[1] != counts[3]  # else the local mean would pass too
@@ -134,7 +134,7 @@ def test_two_shares_of_a_batch_average_to_the_whole(monkeypatch):
 def test_what_is_sampled_depends_on_the_image_alone():
     head = make_head(FasterRcnnHead, rpn_samples=16, box_samples=6)
     features, batch = make_features(), make_batch()
-    proposals = head.rpn.proposals(head(features).rpn, batch.sizes, "train")
+    proposals = head.rpn.proposals(head(features, batch.sizes).rpn, batch.sizes, "train")
     torch.manual_seed(3)
     state = torch.get_rng_state()
     both = head.sample(proposals, batch.targets)
@@ -177,7 +177,7 @@ def test_rois_are_read_at_the_levels_own_scale_however_small_the_images_are():
 def test_a_threshold_that_nothing_reaches_gives_empty_detections():
     head = make_head(FasterRcnnHead, score_threshold=1.0)
     batch = make_batch()
-    assert [p.boxes.shape for p in head.decode(head(make_features()), batch.sizes)] == [(0, 4), (0, 4)]
+    assert [p.boxes.shape for p in head.decode(head(make_features(), batch.sizes), batch.sizes)] == [(0, 4), (0, 4)]
 
 
 @pytest.mark.parametrize(

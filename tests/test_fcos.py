@@ -52,7 +52,7 @@ def test_every_cell_learns_the_box_that_torchvision_gives_it(radius, seed):
     twin(*torchvision_targets(batch))
 
     image = torch.tensor([0] * 60 + [1] * 25)
-    output = head(features)
+    output = head(features, batch.sizes)
     found = head.assign(torch.cat([t.boxes for t in batch.targets]), image, output)
     cells = output.logits.shape[1]
     matched = torch.full((2, cells), -1)
@@ -62,126 +62,20 @@ def test_every_cell_learns_the_box_that_torchvision_gives_it(radius, seed):
     assert torch.equal(matched, torch.stack(caught[0]))
 
 
-class Everywhere(FcosHead):
-    """Learns a box on every level."""
-
-    def nearby(self, boxes, grids):
-        for cell, _ in super().nearby(boxes, grids):
-            yield cell, torch.ones_like(cell, dtype=torch.bool)
-
-
-def learned(head, features, batch, output_of):
-    """Losses, and the gradients of features and parameters."""
-    given = {level: f.detach().clone().requires_grad_() for level, f in features.items()}
-    head.zero_grad(set_to_none=True)
-    losses = head.loss(output_of(given, batch), batch)
-    sum(losses.values()).backward()
-    return [*losses.values(), *(f.grad for f in given.values()), *(p.grad for p in head.parameters())]
-
-
-def convolved(head):
-    """Adds the heights of what the box tower computes to the list that it gives."""
-    heights = []
-    head.regression_head.bbox_reg.register_forward_hook(lambda _, given, __: heights.append(given[0].shape[2]))
-    return heights
-
-
-@pytest.mark.parametrize(
-    ("sides", "levels"),
-    [
-        ([], {"p7"}),
-        ([5], {"p3", "p7"}),
-        ([63.9], {"p3", "p7"}),
-        ([79.8], {"p3", "p7"}),  # 80 = 2 * (64 - 1.5 * 16)
-        ([80.1], {"p3", "p4", "p7"}),
-        ([127.8], {"p3", "p4", "p7"}),
-        ([128.2, 140], {"p4", "p7"}),
-        ([161], {"p4", "p5", "p7"}),
-        ([330], {"p5", "p6", "p7"}),
-        ([40, 520], {"p3", "p6", "p7"}),
-    ],
-)
-def test_levels_that_learn_no_box_are_not_computed_and_change_no_bit(sides, levels):
-    hw = (160, 544)
-    batch, features = make_batch((hw, hw), padded=hw), make_features(LEVELS, hw)
-    generator = torch.Generator().manual_seed(len(levels))
-    for target in batch.targets:
-        target.boxes, target.labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
-    corners = [torch.rand(2, generator=generator) * torch.tensor([543 - side, 120]) for side in sides]
-    boxes = [torch.tensor([x, y, x + side, y + min(side, 39)]) for (x, y), side in zip(corners, sides, strict=True)]
-    if boxes:
-        batch.targets[1].boxes, batch.targets[1].labels = torch.stack(boxes), torch.arange(len(boxes)) % 3
-    head = make_head(FcosHead, **DEFAULTS).train()
-    whole = learned(head, features, batch, lambda given, _: head(given))
-    heights = convolved(head)
-    found = learned(head, features, batch.to(torch.device("cpu")), head.output_to_learn_from)
-    assert heights == [features[level].shape[2] for level in LEVELS if level in levels]
-    for a, b in zip(whole, found, strict=True):
-        assert torch.equal(torch.zeros_like(a) if b is None else b, a)
-    assert not [name for name, p in head.named_parameters() if p.grad is None]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "arguments"),
-    [
-        (torch.float64, {}),
-        (torch.bfloat16, {}),
-        (torch.float32, {"center_sampling_radius": 10.0}),
-        (torch.float32, {"center_sampling_radius": 0.5, "norm": None}),
-        (torch.float32, {"levels": ["p3"]}),
-        (torch.float32, {"levels": ["p5", "p3"]}),
-    ],
-)
-@pytest.mark.parametrize("seed", range(6))
-def test_whatever_the_boxes_no_bit_changes(dtype, arguments, seed):
-    hw, generator = (160, 544), torch.Generator().manual_seed(seed)
-    batch, features = make_batch((hw, hw), padded=hw), make_features(LEVELS, hw)
-    for target in batch.targets:
-        scale = 4 ** torch.randint(4, (1,), generator=generator).item()
-        target.boxes = random_boxes(3, hw, generator) / scale
-        target.labels = torch.randint(3, (3,), generator=generator)
-    head = make_head(FcosHead, **DEFAULTS, **arguments).train()
-    if dtype == torch.float64:
-        head, features = head.double(), {level: f.double() for level, f in features.items()}
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        whole = learned(head, features, batch, lambda given, _: head(given))
-        found = learned(head, features, batch.to(torch.device("cpu")), head.output_to_learn_from)
-    for a, b in zip(whole, found, strict=True):
-        none = torch.zeros(()) if b is None else b
-        assert torch.equal(none.expand_as(a) if a is not None else torch.zeros(()), none)
-
-
-def test_no_level_is_left_out_where_none_can_be():
-    """A subclass may learn anywhere, statistics that move see every level, and the boxes' sizes may not be at hand."""
-    hw = (96, 128)
-    batch, features = make_batch((hw, hw), padded=hw), make_features(LEVELS, hw)
-    boxless = make_head(Everywhere).train()
-    heights = convolved(boxless)
-    boxless.output_to_learn_from(features, batch.to(torch.device("cpu")))
-    assert len(heights) == 5
-    moving = make_head(FcosHead, norm="bn").train()
-    heights = convolved(moving)
-    moving.output_to_learn_from(features, batch.to(torch.device("cpu")))
-    assert len(heights) == 5
-    fixed = make_head(FcosHead).train()
-    heights = convolved(fixed)
-    fixed.output_to_learn_from(features, batch)
-    assert len(heights) == 5
-
-
 def test_of_boxes_with_tied_areas_the_first_wins():
     head, features = make_head(FcosHead), make_features(LEVELS)
     same = torch.tensor([[20.0, 20.0, 44.0, 44.0]]).repeat(3, 1)
-    found = head.assign(same, torch.zeros(3, dtype=torch.long), head(features))
+    found = head.assign(same, torch.zeros(3, dtype=torch.long), head(features, make_batch().sizes))
     assert found.won.any() and (found.box[found.won] == 0).all()
 
 
 def test_score_is_the_geometric_mean_of_class_and_centerness():
     head, features = make_head(FcosHead, detections_per_image=1), make_features(LEVELS, count=1)
+    sizes = [ImageSize((96, 128), (96, 128))]
     with torch.no_grad():
-        output = head(features)
+        output = head(features, sizes)
         best = (output.logits[0].sigmoid() * output.centerness[0].sigmoid()[:, None]).max().sqrt()
-        assert head.decode(output, [ImageSize((96, 128), (96, 128))])[0].scores.item() == pytest.approx(best.item())
+        assert head.decode(output, sizes)[0].scores.item() == pytest.approx(best.item())
 
 
 @pytest.mark.parametrize(
@@ -192,12 +86,13 @@ def test_every_tower_convolution_has_the_configured_norm(norm, kind):
     head = make_head(FcosHead, norm=norm, num_convs=3)
     for tower in (head.classification_head.conv, head.regression_head.conv):
         assert [type(m) for m in tower] == [nn.Conv2d, kind, nn.ReLU] * 3
-    assert head.loss(head(make_features(LEVELS)), make_batch())["loss_cls"].isfinite()
+    batch = make_batch()
+    assert head.loss(head(make_features(LEVELS), batch.sizes), batch)["loss_cls"].isfinite()
 
 
 def test_one_level_of_a_bare_backbone_works():
-    head = make_head(FcosHead, levels=["layer4"], num_convs=1)
-    losses = head.loss(head(make_features(("layer4",))), make_batch())
+    head, batch = make_head(FcosHead, levels=["layer4"], num_convs=1), make_batch()
+    losses = head.loss(head(make_features(("layer4",)), batch.sizes), batch)
     assert all(loss.isfinite() for loss in losses.values())
 
 
@@ -222,6 +117,6 @@ def test_arguments_that_cannot_work_are_refused(arguments, said):
 def test_levels_are_read_finest_first_in_any_order():
     features, batch = make_features(LEVELS), make_batch()
     one, other = (make_head(FcosHead, levels=list(names)) for names in (LEVELS, LEVELS[::-1]))
-    for name, loss in one.loss(one(features), batch).items():
-        assert torch.equal(loss, other.loss(other(features), batch)[name])
+    for name, loss in one.loss(one(features, batch.sizes), batch).items():
+        assert torch.equal(loss, other.loss(other(features, batch.sizes), batch)[name])
     assert make_spec().pick(["p5", "p3"]) == ("p3", "p5")

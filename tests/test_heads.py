@@ -32,7 +32,7 @@ def features_for(head_type, **arguments):
 def losses_of(head, features, batch):
     """As in a training step."""
     batch = batch.to(torch.device("cpu"))
-    return head.loss(head.output_to_learn_from(features, batch), batch)
+    return head.loss(head(features, batch.sizes), batch)
 
 
 @each_head
@@ -79,7 +79,7 @@ def test_gradients_reach_exactly_what_is_trained(head_type):
 def test_predictions_lie_inside_each_image_and_are_sorted(head_type):
     head, batch = make_head(head_type).eval(), make_batch()
     with torch.no_grad():
-        predictions = head.decode(head(features_for(head_type)), batch.sizes)
+        predictions = head.decode(head(features_for(head_type), batch.sizes), batch.sizes)
     assert len(predictions) == 2
     for prediction, size in zip(predictions, batch.sizes, strict=True):
         height, width = size.hw
@@ -115,7 +115,7 @@ def test_state_survives_saving_and_loading(head_type, tmp_path):
         tensor.zero_()
     fresh.load_state_dict(torch.load(tmp_path / "head.pt", weights_only=True))
     with torch.no_grad():
-        pairs = zip(head.decode(head(features), sizes), fresh.decode(fresh(features), sizes), strict=True)
+        pairs = zip(head.decode(head(features, sizes), sizes), fresh.decode(fresh(features, sizes), sizes), strict=True)
     for one, other in pairs:
         assert all(
             a is b is None or torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True)
@@ -127,9 +127,10 @@ def test_a_batch_gives_the_same_as_its_images_one_by_one(head_type):
     head, features = make_head(head_type).eval(), features_for(head_type)
     batch = make_batch(((96, 128), (96, 128)))
     with torch.no_grad():
-        together = head.decode(head(features), batch.sizes)
+        together = head.decode(head(features, batch.sizes), batch.sizes)
         alone = [
-            head.decode(head({k: f[i : i + 1] for k, f in features.items()}), batch.sizes[i : i + 1])[0] for i in (0, 1)
+            head.decode(head({k: f[i : i + 1] for k, f in features.items()}, [size]), [size])[0]
+            for i, size in enumerate(batch.sizes)
         ]
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(vars(one), vars(other), atol=1e-4, rtol=1e-4)
@@ -234,7 +235,8 @@ def test_says_what_data_it_needs_and_its_main_metric(head_type):
 
 @each_head
 def test_output_is_on_one_device_and_of_the_batch(head_type):
-    tensors = [t for t in tree_leaves(make_head(head_type)(features_for(head_type))) if isinstance(t, torch.Tensor)]
+    output = make_head(head_type)(features_for(head_type), make_batch().sizes)
+    tensors = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
     assert all(t.device.type == "cpu" for t in tensors)
 
 

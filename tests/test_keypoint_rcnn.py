@@ -56,7 +56,7 @@ def test_boxes_whose_keypoints_are_all_absent_train_only_the_box():
     head, batch = make_keypoint_head(), make_batch()
     for target in batch.targets:
         target.keypoints[..., 2] = 0
-    losses = head.loss(head(make_features()), batch)
+    losses = head.loss(head(make_features(), batch.sizes), batch)
     gradients = torch.autograd.grad(sum(losses.values()), list(head.parameters()))
     assert losses["loss_keypoint"] == 0 and losses["loss_box_reg"] > 0
     assert all(torch.isfinite(g).all() for g in gradients)
@@ -66,13 +66,13 @@ def test_hidden_keypoints_are_learned_too():
     head, batch = make_keypoint_head(), make_batch()
     for target in batch.targets:
         target.keypoints[..., 2] = 1
-    assert head.loss(head(make_features()), batch)["loss_keypoint"] > 0
+    assert head.loss(head(make_features(), batch.sizes), batch)["loss_keypoint"] > 0
 
 
 def test_any_number_of_keypoints_each_with_a_score():
     head = make_keypoint_head(spec=replace(make_spec(), keypoints=("tip", "tail")))
     batch = make_batch()
-    for prediction, size in zip(head.decode(head(make_features()), batch.sizes), batch.sizes, strict=True):
+    for prediction, size in zip(head.decode(head(make_features(), batch.sizes), batch.sizes), batch.sizes, strict=True):
         assert prediction.keypoints.shape == (len(prediction.boxes), 2, 3) and len(prediction.boxes)
         x, y, _ = prediction.keypoints.unbind(-1)
         boxes = prediction.boxes[:, None]

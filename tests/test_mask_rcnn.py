@@ -60,7 +60,8 @@ def test_bf16_autocast_and_fp64_keep_losses_precise():
 
 def test_masks_are_28_cells_a_side_by_default_and_empty_without_detections():
     head = make_head(MaskRcnnHead, mask_channels=[16])
-    batch, output = make_batch(), head(make_features())
+    batch = make_batch()
+    output = head(make_features(), batch.sizes)
     prediction = head.decode(output, batch.sizes)[0]
     assert prediction.masks.shape == (len(prediction.boxes), 28, 28) and len(prediction.boxes)
     assert prediction.masks.min() >= 0 and prediction.masks.max() <= 1

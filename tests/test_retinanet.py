@@ -58,7 +58,7 @@ def test_every_anchor_learns_the_box_that_torchvision_gives_it(foreground, backg
     twin.head.compute_loss = lambda targets, outputs, anchors, matched: caught.append(matched) or {}
     twin(*torchvision_targets(batch))
 
-    matched = head.match(batch, head.anchors(head(features)))
+    matched = head.match(batch, head.anchors(head(features, batch.sizes)))
     matched[1] = torch.where(matched[1] >= 0, matched[1] - 40, matched[1])
     assert (matched >= 0).any() and ((matched == -2).any() or foreground == background)
     assert torch.equal(matched, torch.stack(caught[0]))
@@ -71,8 +71,9 @@ def test_fewer_convolutions_keep_torchvisions_names():
 
 @pytest.mark.parametrize("norm", ["gn", "bn", "frozen_bn"])
 def test_towers_take_a_norm(norm):
-    head = make_head(RetinaNetHead, norm=norm)
-    assert all(loss.isfinite() for loss in head.loss(head(make_features(LEVELS)), make_batch()).values())
+    head, batch = make_head(RetinaNetHead, norm=norm), make_batch()
+    losses = head.loss(head(make_features(LEVELS), batch.sizes), batch)
+    assert all(loss.isfinite() for loss in losses.values())
     assert "classification_head.conv.0.1.weight" in head.state_dict()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from detbb.config.schema import BackboneConfig, HeadConfig
@@ -72,18 +74,22 @@ class Head(nn.Module):
     """A branch on shared features.
 
     Subclasses set `Config` (a HeadConfig dataclass with a doc line per field), `needs` and `main_metric`, and fill in
-    the methods. `output_to_learn_from` (`forward`, if a head does not say otherwise) + `loss` run in training,
-    `forward` + `decode` in evaluation; none looks at `self.training`, which is for norms and dropout alone. Every
-    parameter of the head must take part in every loss, also for a batch without objects. Loss sums are divided by
-    `shared_count` (detbb/distributed/collectives.py), so that the number of processes does not matter.
+    the methods. `forward` + `loss` run in training, `forward` + `decode` in evaluation; none looks at `self.training`,
+    which is for norms and dropout alone. Every parameter of the head must take part in every loss, also for a batch
+    without objects. Loss sums are divided by `shared_count` (detbb/distributed/collectives.py), so that the number of
+    processes does not matter.
+
+    Letters in shapes: B images of a padded batch, n objects of one image, C classes, K keypoints.
     """
 
     Config: ClassVar[type[HeadConfig]] = HeadConfig
+    config: Any  # an instance of `Config`
     needs: ClassVar[Literal["boxes", "masks", "keypoints", "semantic", "labels"]]
     main_metric: str  # of its evaluator, such as "bbox/AP": what best.pt follows by default
 
     def __init__(self, config: HeadConfig, spec: HeadSpec) -> None:
         super().__init__()
+        self.config = config
         self.spec = spec
 
     @classmethod
@@ -91,26 +97,43 @@ class Head(nn.Module):
         """The feature levels it reads: `layer1 … layer4` of the backbone, `p2 … p7` and `pool` of the FPN."""
         return tuple(config.levels)
 
-    def forward(self, features: dict[str, Tensor]) -> HeadOutput:
-        """`features[level]`: (B, C, H / stride, W / stride), of the padded batch."""
+    def forward(self, features: dict[str, Tensor], sizes: list[ImageSize]) -> HeadOutput:
+        """What the head computes for a padded batch; `loss` and `decode` read it.
+
+        features: {level: (B, spec.channels[level], ceil(H / stride), ceil(W / stride))} of the padded (H, W). sizes: B;
+        image i fills the upper left `sizes[i].hw` pixels, the rest is padding (`own_cells` says which cells it has).
+        """
         raise NotImplementedError
 
-    def output_to_learn_from(self, features: dict[str, Tensor], batch: Batch) -> HeadOutput:
-        """`forward`, without what cannot matter to the loss of this batch, nor to any gradient.
+    def own_cells(self, level: str, size: ImageSize) -> tuple[int, int]:
+        """Height and width in cells of the part of a level that shows the image itself, not padding."""
+        stride = self.spec.strides[level]
+        return math.ceil(size.hw[0] / stride), math.ceil(size.hw[1] / stride)
 
-        Training calls this and not the head itself; hooks on the head see its calls where this makes them.
-        """
-        return self(features)
+    def image_mask(self, level: str, features: dict[str, Tensor], sizes: list[ImageSize]) -> Tensor:
+        """(B, h, w) bool for a level: true where a cell shows the image itself, false in the padding."""
+        mask = torch.zeros_like(features[level][:, 0], dtype=torch.bool)
+        for cells, size in zip(mask, sizes, strict=True):
+            height, width = self.own_cells(level, size)
+            cells[:height, :width] = True
+        return mask
 
     def loss(self, output: HeadOutput, batch: Batch) -> dict[str, Tensor]:
-        """Scalars by name (`loss_cls`, `loss_box_reg`, …); all are summed."""
+        """Scalars () by name (`loss_cls`, `loss_box_reg`, …), in float32 at least; all are summed.
+
+        batch.targets: B, with boxes (n, 4) xyxy in pixels of the resized image; detbb/structures/batch.py has the rest.
+        """
         raise NotImplementedError
 
     def decode(self, output: HeadOutput, sizes: list[ImageSize]) -> list[Predictions]:
-        """One Predictions an image, inside `sizes[i].hw`, on the device of the output."""
+        """B Predictions, each inside `sizes[i].hw`, on the device of the output.
+
+        Boxes (n, 4), scores (n,) descending, labels (n,); detbb/structures/predictions.py has the other fields.
+        """
         raise NotImplementedError
 
     def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
+        """A fresh one for a split. engine: what computes COCO's AP, `hotcoco` or `pycocotools`."""
         raise NotImplementedError
 
     def check_data(self, annotations: Annotations) -> None:

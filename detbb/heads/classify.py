@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,10 +33,7 @@ class ClassifyConfig(HeadConfig):
 
 
 class ClassifyHead(Head):
-    """Linear logits of the features' mean over the image's own area, so that padding does not matter.
-
-    The mean is taken after the linear layer, where it gives the same, because only then the image sizes are known.
-    """
+    """Linear logits of each cell, averaged over the image's own area, so that padding does not matter."""
 
     Config = ClassifyConfig
     needs = "labels"
@@ -45,8 +41,7 @@ class ClassifyHead(Head):
 
     def __init__(self, config: ClassifyConfig, spec: HeadSpec) -> None:
         super().__init__(config, spec)
-        self.multi_label = config.multi_label
-        if self.multi_label:
+        if config.multi_label:
             self.main_metric = "cls/mAP"
         self.picked_levels = spec.pick(config.levels)
         self.dropout = nn.Dropout2d(config.dropout)
@@ -54,39 +49,35 @@ class ClassifyHead(Head):
             {level: nn.Conv2d(spec.channels[level], len(spec.classes), kernel_size=1) for level in self.picked_levels}
         )
 
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Logits of every cell, by level: (B, C, H / stride, W / stride)."""
-        return {level: linear(self.dropout(features[level])) for level, linear in self.classifier.items()}
-
-    def logits(self, output: dict[str, Tensor], sizes: list[ImageSize]) -> Tensor:
-        """Logits (B, C): the mean over the cells that lie in each image."""
+    def forward(self, features: dict[str, Tensor], sizes: list[ImageSize]) -> Tensor:
+        """Logits (B, C), in float32 at least."""
+        # The mean comes after the linear layer: the other order rounds differently, and old checkpoints' results change.
+        cells = {level: linear(self.dropout(features[level])) for level, linear in self.classifier.items()}
         rows = []
         for i, size in enumerate(sizes):
             means = []
-            for level, cells in output.items():
-                height, width = (math.ceil(side / self.spec.strides[level]) for side in size.hw)
-                means.append(at_least_fp32(cells[i, :, :height, :width]).mean((1, 2)))
+            for level, logits in cells.items():
+                height, width = self.own_cells(level, size)
+                means.append(at_least_fp32(logits[i, :, :height, :width]).mean((1, 2)))  # (C, h, w) -> (C,)
             rows.append(torch.stack(means).sum(0))
         return torch.stack(rows)
 
-    def loss(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Mean over the images of all ranks."""
-        logits = self.logits(output, batch.sizes)
-        present = torch.stack([target.image_labels for target in batch.targets])
-        if self.multi_label:
-            total = F.binary_cross_entropy_with_logits(logits, present.to(logits.dtype), reduction="none").mean(1).sum()
+    def loss(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """`loss_cls`: cross entropy, a mean over the images of all ranks."""
+        present = torch.stack([target.image_labels for target in batch.targets])  # (B, C)
+        if self.config.multi_label:
+            total = F.binary_cross_entropy_with_logits(output, present.to(output.dtype), reduction="none").mean(1).sum()
         else:  # `check_data` has seen to exactly one class an image
-            total = F.cross_entropy(logits, present.long().argmax(1), reduction="sum")
-        return {"loss_cls": total / shared_count(torch.full((), len(logits), device=logits.device))}
+            total = F.cross_entropy(output, present.long().argmax(1), reduction="sum")
+        return {"loss_cls": total / shared_count(torch.full((), len(output), device=output.device))}
 
-    def decode(self, output: dict[str, Tensor], sizes: list[ImageSize]) -> list[Predictions]:
-        logits = self.logits(output, sizes)
-        probabilities = logits.sigmoid() if self.multi_label else logits.softmax(1)
+    def decode(self, output: Tensor, sizes: list[ImageSize]) -> list[Predictions]:
+        probabilities = output.sigmoid() if self.config.multi_label else output.softmax(1)
         return [Predictions(probabilities=row.float()) for row in probabilities]
 
     def check_data(self, annotations: Annotations) -> None:
         """Raise UserError if an image does not show exactly one class and `multi_label` is off."""
-        if self.multi_label:
+        if self.config.multi_label:
             return
         image = np.repeat(np.arange(len(annotations)), np.diff(annotations.first))
         pairs = np.unique(np.stack([image, annotations.labels]), axis=1)
@@ -99,7 +90,7 @@ class ClassifyHead(Head):
             )
 
     def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
-        return ClassificationEvaluator(annotations, multi_label=self.multi_label)
+        return ClassificationEvaluator(annotations, multi_label=self.config.multi_label)
 
     def class_tensors(self) -> tuple[str, ...]:
         return tuple(f"classifier.{level}.{kind}" for level in self.picked_levels for kind in ("weight", "bias"))

@@ -87,7 +87,6 @@ class DenseHead(Head):
 
     def __init__(self, config: DenseConfig, spec: HeadSpec) -> None:
         super().__init__(config, spec)
-        self.config = config
         self.picked_levels = spec.pick(config.levels)
         self.in_channels = spec.width(self.picked_levels)
         self.num_classes = len(spec.classes)

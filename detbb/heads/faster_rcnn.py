@@ -143,7 +143,7 @@ class TwoStageHead(Head):
     def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
         return CocoEvaluator(annotations, kinds=self.metrics, engine=engine)
 
-    def forward(self, features: dict[str, Tensor]) -> TwoStageOutput:
+    def forward(self, features: dict[str, Tensor], sizes: list[ImageSize]) -> TwoStageOutput:
         return TwoStageOutput(self.rpn(features), {level: features[level] for level in self.roi_levels})
 
     def loss(self, output: TwoStageOutput, batch: Batch) -> dict[str, Tensor]:

@@ -18,9 +18,8 @@ from detbb.config.schema import Norm
 from detbb.distributed.collectives import shared_count
 from detbb.heads.base import HeadSpec
 from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, Grid, batch_boxes, giou_loss, tower_norm
-from detbb.modeling.norm import moving_norms
 from detbb.modeling.precision import at_least_fp32
-from detbb.structures.batch import Batch
+from detbb.structures.batch import Batch, ImageSize
 
 
 @dataclass
@@ -63,44 +62,10 @@ class FcosHead(DenseHead):
         self.anchor_generator = AnchorGenerator(sides, ((1.0,),) * len(sides))
         self.box_coder = BoxLinearCoder(normalize_by_size=True)
 
-    def forward(self, features: dict[str, Tensor]) -> DenseOutput:
+    def forward(self, features: dict[str, Tensor], sizes: list[ImageSize]) -> DenseOutput:
         maps = [features[level] for level in self.picked_levels]
         deltas, centerness = self.regression_head(maps)
         return DenseOutput(self.classification_head(maps), deltas, centerness.squeeze(2), self.grids(maps))
-
-    def output_to_learn_from(self, features: dict[str, Tensor], batch: Batch) -> DenseOutput:
-        """As `forward`, with zeros as deltas and centre-ness on levels where no cell can learn a box of this batch.
-
-        Their values have no part in the loss and their gradients are exactly 0, so neither tower nor gradient is
-        computed there. Not where statistics move, which see every level; always the last, for the parameters' sake.
-        """
-        own = type(self) is FcosHead  # a subclass may learn elsewhere
-        if not own or batch.longest_sides is None or any(moving_norms(self.regression_head)):
-            return self(features)
-        maps = [features[level] for level in self.picked_levels]
-        grids = self.grids(maps)
-        *learn, _ = (
-            self.may_learn(grid, ends, batch.longest_sides) for grid, ends in zip(grids, _ranges(grids), strict=True)
-        )
-        found = [self.regression_head([x]) if learns else None for x, learns in zip(maps, [*learn, True], strict=True)]
-
-        def joined(part: int) -> Tensor:
-            assert found[-1] is not None
-            like = found[-1][part]
-            zeros = (like.new_zeros(len(like), g.height * g.width, like.shape[2]) for g in grids)
-            return torch.cat([z if f is None else f[part] for f, z in zip(found, zeros, strict=True)], dim=1)
-
-        return DenseOutput(self.classification_head(maps), joined(0), joined(1).squeeze(2), grids)
-
-    def may_learn(self, grid: Grid, ends: tuple[float, float], longest_sides: tuple[float, ...]) -> bool:
-        """Whether a cell can learn a box of one of these sizes; with room for rounding.
-
-        A cell's farthest side is at least half of the box's longest one; at most all of it, or that half and how far
-        the cell may be from the centre.
-        """
-        reach = self.config.center_sampling_radius * grid.nominal_stride
-        low, high = ends
-        return any(low < 1.001 * min(s, s / 2 + reach) and 0.999 * s / 2 < high for s in longest_sides)
 
     def boxes(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         return self.box_coder.decode(deltas, anchors)

@@ -16,7 +16,7 @@ from detbb.distributed.collectives import shared_count
 from detbb.heads.base import HeadSpec
 from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, batch_boxes, tower_norm
 from detbb.modeling.precision import at_least_fp32
-from detbb.structures.batch import Batch
+from detbb.structures.batch import Batch, ImageSize
 
 BACKGROUND, IGNORED = -1, -2
 
@@ -55,7 +55,7 @@ class RetinaNetHead(DenseHead):
             tower.conv = tower.conv[: config.num_convs]
         self.box_coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
 
-    def forward(self, features: dict[str, Tensor]) -> DenseOutput:
+    def forward(self, features: dict[str, Tensor], sizes: list[ImageSize]) -> DenseOutput:
         maps = [features[level] for level in self.picked_levels]
         return DenseOutput(self.classification_head(maps), self.regression_head(maps), None, self.grids(maps))
 

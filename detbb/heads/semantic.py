@@ -18,7 +18,7 @@ from detbb.heads.dense import tower_norm
 from detbb.metrics.evaluators import SemanticEvaluator
 from detbb.modeling.precision import at_least_fp32
 from detbb.structures.annotations import Annotations
-from detbb.structures.batch import BATCH_STRIDE, Batch, ImageSize
+from detbb.structures.batch import Batch, ImageSize
 from detbb.structures.predictions import Predictions
 
 
@@ -56,8 +56,8 @@ class SemanticHead(Head):
         )
         self.classifier = nn.Conv2d(config.channels, len(spec.classes), kernel_size=1)
 
-    def forward(self, features: dict[str, Tensor]) -> Tensor:
-        """Logits (B, C, h, w) at the finest level."""
+    def forward(self, features: dict[str, Tensor], sizes: list[ImageSize]) -> Tensor:
+        """Logits (B, C, h, w) at the finest level, padding included."""
         finest, *coarser = self.picked_levels
         summed = self.convs[finest](features[finest])
         for level in coarser:
@@ -65,27 +65,26 @@ class SemanticHead(Head):
         return self.classifier(summed)
 
     def loss(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy at input resolution: its sum over the labelled pixels of all ranks."""
-        height, width = batch.images.shape[-2:]
-        target = torch.full((len(output), height, width), IGNORE, dtype=torch.long, device=output.device)
+        """`loss_sem`: cross entropy of every pixel, a mean over the labelled pixels of all ranks."""
+        logits = self.at_input_resolution(output)
+        target = torch.full_like(logits[:, 0], IGNORE, dtype=torch.long)  # (B, H, W)
         for row, one in zip(target, batch.targets, strict=True):
             assert one.semantic is not None
             row[: one.semantic.shape[0], : one.semantic.shape[1]] = one.semantic
-        logits = _resize(at_least_fp32(output), (height, width))
         total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
         return {"loss_sem": total / shared_count((target != IGNORE).sum())}
 
     def decode(self, output: Tensor, sizes: list[ImageSize]) -> list[Predictions]:
-        stride = self.spec.strides[self.picked_levels[0]]
-        padded = []
-        for cells, sides in zip(output.shape[-2:], zip(*(s.hw for s in sizes), strict=True), strict=True):
-            least = max((cells - 1) * stride + BATCH_STRIDE, -(-max(sides) // BATCH_STRIDE) * BATCH_STRIDE)
-            padded.append(min(cells * stride, least))  # the batch's: a coarse level's last cells reach beyond it
-        whole = (_resize(at_least_fp32(logits[None]), padded)[0] for logits in output)
+        whole = (self.at_input_resolution(logits[None])[0] for logits in output)  # one at a time: C maps are large
         return [
             Predictions(semantic=logits[:, : size.hw[0], : size.hw[1]].float())
             for logits, size in zip(whole, sizes, strict=True)
         ]
+
+    def at_input_resolution(self, logits: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h stride, w stride): every cell covers its stride, whatever the padding is."""
+        stride = self.spec.strides[self.picked_levels[0]]
+        return _resize(at_least_fp32(logits), [side * stride for side in logits.shape[-2:]])
 
     def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
         return SemanticEvaluator(annotations)

@@ -88,7 +88,8 @@ class ExportModule(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         detector = self.detector
         features = detector.neck(detector.backbone((image.float() - detector.pixel_mean) / detector.pixel_std))
-        decoded = {n: detector.head(n).decode(detector.head(n)(features), [self.size])[0] for n in self.heads}
+        heads, sizes = {n: detector.head(n) for n in self.heads}, [self.size]
+        decoded = {n: head.decode(head(features, sizes), sizes)[0] for n, head in heads.items()}
         named = {f"{n}.{k}": v for n, said in decoded.items() for k, v in vars(said).items() if v is not None}
         self.names = list(named)
         return tuple(named.values())

@@ -85,19 +85,14 @@ class Batch:
     bad_images: tuple[str, ...] = ()  # files left out or replaced because they could not be decoded
     entries: tuple[CacheEntry, ...] = ()  # one an image where the source has a feature cache
     precomputed: PrecomputedFeatures | None = None  # what is computed already
-    longest_sides: tuple[float, ...] | None = None  # of every box, known without asking the device; None: not known
 
     @property
     def sizes(self) -> list[ImageSize]:
         return [t.size for t in self.targets]
 
     def to(self, device: torch.device) -> Batch:
-        boxes = [t.boxes for t in self.targets]
-        sides = self.longest_sides
-        if sides is None and not any(b.is_cuda for b in boxes):
-            sides = tuple(side for b in boxes for side in (b[:, 2:] - b[:, :2]).amax(1).tolist())
         images = self.images.to(device, non_blocking=True)
-        return replace(self, images=images, targets=[t.to(device) for t in self.targets], longest_sides=sides)
+        return replace(self, images=images, targets=[t.to(device) for t in self.targets])
 
     def pin_memory(self) -> Batch:
         return replace(self, images=self.images.pin_memory())

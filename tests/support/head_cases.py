@@ -127,7 +127,7 @@ def assert_equals_torchvision(head: Any, twin: Any, features: dict[str, Tensor],
     images, targets = torchvision_targets(batch)
     names = {"loss_cls": "classification", "loss_box_reg": "bbox_regression", "loss_centerness": "bbox_ctrness"}
     expected = twin.train()(images, targets)
-    losses = head.loss(head(features), batch)
+    losses = head.loss(head(features, batch.sizes), batch)
     assert {names[name] for name in losses} == set(expected)
     for name, loss in losses.items():
         torch.testing.assert_close(loss, expected[names[name]], rtol=1e-5, atol=1e-5)
@@ -139,7 +139,7 @@ def assert_equals_torchvision(head: Any, twin: Any, features: dict[str, Tensor],
 
     with torch.no_grad():
         expected = twin.eval()(images)
-        predictions = head.decode(head(features), batch.sizes)
+        predictions = head.decode(head(features, batch.sizes), batch.sizes)
     for prediction, one in zip(predictions, expected, strict=True):
         assert len(one["boxes"]) > 10
         torch.testing.assert_close(prediction.boxes, one["boxes"], rtol=1e-5, atol=1e-5)

@@ -131,7 +131,7 @@ def assert_equals_torchvision(head: Any, model: FasterRCNN, features: dict[str, 
     """Losses, their gradients and detections are the same to 1e-5."""
     model.train()
     _, expected = torchvision_run(model, features, batch)
-    losses = head.loss(head(features), batch)
+    losses = head.loss(head(features, batch.sizes), batch)
     assert {LOSS_NAMES[name] for name in losses} == set(expected)
     for name, loss in losses.items():
         assert loss > 0
@@ -145,7 +145,7 @@ def assert_equals_torchvision(head: Any, model: FasterRCNN, features: dict[str, 
     head.eval()
     with torch.no_grad():
         detections, _ = torchvision_run(model, features, batch)
-        predictions = head.decode(head(features), batch.sizes)
+        predictions = head.decode(head(features, batch.sizes), batch.sizes)
     assert [len(d["boxes"]) for d in detections] == [SMALL["detections_per_image"]] * 2
     for prediction, detection in zip(predictions, detections, strict=True):
         assert_same_detections(prediction, detection)
@@ -164,7 +164,8 @@ def assert_same_detections(prediction: Predictions, detection: dict[str, Tensor]
 
 def assert_trains_without_boxes(head: Any) -> None:
     """Losses are finite and reach every parameter."""
-    losses = head.loss(head(make_features()), make_batch(boxes=False))
+    batch = make_batch(boxes=False)
+    losses = head.loss(head(make_features(), batch.sizes), batch)
     gradients = torch.autograd.grad(sum(losses.values()), list(head.parameters()))  # raises for an unused one
     assert all(torch.isfinite(x).all() for x in [*losses.values(), *gradients])
     for branch in {"loss_mask", "loss_keypoint", "loss_box_reg", "loss_rpn_loc"} & set(losses):
@@ -175,9 +176,9 @@ def assert_trains_without_boxes(head: Any) -> None:
 def assert_precisions(head: Any) -> None:
     """Losses and detections are fp32 under bf16 autocast and near the fp32 ones; fp64 losses are fp64."""
     features, batch = make_features(), make_batch()
-    expected = head.loss(head(features), batch)
+    expected = head.loss(head(features, batch.sizes), batch)
     with torch.autocast("cpu", torch.bfloat16):
-        output = head(features)
+        output = head(features, batch.sizes)
         losses, predictions = head.loss(output, batch), head.decode(output, batch.sizes)
     assert output.rpn.objectness.dtype == output.rpn.deltas.dtype == output.rpn.anchors.dtype == torch.float32
     for name, loss in losses.items():
@@ -187,10 +188,10 @@ def assert_precisions(head: Any) -> None:
     sum(losses.values()).backward()
     head.double()
     doubled = {k: v.double() for k, v in features.items()}
-    losses = head.loss(head(doubled), batch)
+    losses = head.loss(head(doubled, batch.sizes), batch)
     for name, loss in losses.items():
         assert loss.dtype == torch.float64
         torch.testing.assert_close(loss.float(), expected[name], rtol=1e-4, atol=1e-5)
-    for prediction in predictions + head.decode(head(doubled), batch.sizes):
+    for prediction in predictions + head.decode(head(doubled, batch.sizes), batch.sizes):
         fields = (prediction.boxes, prediction.scores, prediction.masks, prediction.keypoints)
         assert all(f.dtype == torch.float32 for f in fields if f is not None)
