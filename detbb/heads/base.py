@@ -112,11 +112,13 @@ class Head(nn.Module):
 
     def image_mask(self, level: str, features: dict[str, Tensor], sizes: list[ImageSize]) -> Tensor:
         """(B, h, w) bool for a level: true where a cell shows the image itself, false in the padding."""
-        mask = torch.zeros_like(features[level][:, 0], dtype=torch.bool)
-        for cells, size in zip(mask, sizes, strict=True):
-            height, width = self.own_cells(level, size)
-            cells[:height, :width] = True
-        return mask
+        (height, width), device = features[level].shape[-2:], features[level].device
+        own = torch.tensor([self.own_cells(level, size) for size in sizes], device=device)  # (B, 2)
+        rows, columns = (
+            torch.arange(height, device=device) < own[:, :1],
+            torch.arange(width, device=device) < own[:, 1:],
+        )
+        return rows[:, :, None] & columns[:, None, :]  # (B, h, 1) and (B, 1, w)
 
     def loss(self, output: HeadOutput, batch: Batch) -> dict[str, Tensor]:
         """Scalars () by name (`loss_cls`, `loss_box_reg`, …), in float32 at least; all are summed.

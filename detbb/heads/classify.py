@@ -51,7 +51,7 @@ class ClassifyHead(Head):
 
     def forward(self, features: dict[str, Tensor], sizes: list[ImageSize]) -> Tensor:
         """Logits (B, C), in float32 at least."""
-        # The mean comes after the linear layer: the other order rounds differently, and old checkpoints' results change.
+        # The mean comes after the linear layer: the other order rounds differently, old results would change.
         cells = {level: linear(self.dropout(features[level])) for level, linear in self.classifier.items()}
         rows = []
         for i, size in enumerate(sizes):
