@@ -29,10 +29,11 @@ import timing
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from detbb import freeze, load_config, train
+from detbb import load_config, train
 from detbb.data.formats import read_split
 from detbb.data.loader import train_loader
 from detbb.detector import build_detector
+from detbb.freeze import digests
 
 CONFIG = """
 device: cpu
@@ -122,7 +123,7 @@ def lightning_steps(config: Any, count: int, folder: Path) -> list[float]:
 
 
 def overhead(folder: Path, options: Any) -> list[dict[str, Any]]:
-    whole, bare, peer, waiting, digests = [], [], [], [], []
+    whole, bare, peer, waiting, checks = [], [], [], [], []
     for turn in range(options.repeats):
         config = config_of(folder, options, images=64, steps=options.steps, name=f"run_{turn}")
         seconds, lines = whole_run(config)
@@ -135,12 +136,12 @@ def overhead(folder: Path, options: Any) -> list[dict[str, Any]]:
         peer.append(statistics.median(lightning_steps(config, options.steps, folder / f"peer_{turn}")[skipped:]))
         detector = build_detector(config, {"it": ["a"]})
         began = time.perf_counter()
-        freeze.digests(state := detector.state_dict(), [name for name in state if name.startswith("backbone.")])
-        digests.append((time.perf_counter() - began) / seconds)
+        digests(detector, [name for name in detector.state_dict() if name.startswith("backbone.")])
+        checks.append((time.perf_counter() - began) / seconds)
     row = timing.row(f"{options.arch}: step of a run against a bare one", {"whole run": whole, "bare": bare})
     against = timing.row(f"{options.arch}: Lightning's step against a run's", {"Lightning": peer, "detbb": whole})
     timing.show([row, against])
-    shares = {"case": "share of a run", "waiting_for_data": statistics.median(waiting), "one_digest": max(digests)}
+    shares = {"case": "share of a run", "waiting_for_data": statistics.median(waiting), "one_digest": max(checks)}
     print(f"waiting for data {shares['waiting_for_data']:.1%}, one check of the backbone's digests", end=" ")
     print(f"{shares['one_digest']:.3%} of the run")
     return [row, against, shares]

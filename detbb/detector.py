@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from detbb import freeze
 from detbb.config.schema import Config
 from detbb.core.errors import UserError
 from detbb.data.formats import read_split
 from detbb.distributed.collectives import world_size
+from detbb.freeze import Freezable, NormRule, freeze, rest_all, trained_names
 from detbb.heads import find_head
 from detbb.heads.base import Head, HeadSpec
 from detbb.modeling.backbones.resnet import Backbone, build_resnet
@@ -28,7 +28,7 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
-class Detector(nn.Module):
+class Detector(Freezable):
     """Backbone, neck and heads; knows what is frozen.
 
     State-dict keys: `backbone.<torchvision's own name>`, `neck.…`, `heads.<name>.…`.
@@ -47,11 +47,6 @@ class Detector(nn.Module):
         self.classes: dict[str, ClassList] = {}
         self.sources: dict[str, str] = {}  # head -> the data it learns from
         self.loss_weights: dict[str, float] = {}
-        self.frozen: tuple[str, ...] = ()
-        self.norm_rules: tuple[freeze.NormRule, ...] = ()
-        self.always_fixed = frozenset(
-            n for n, p in self.named_parameters() if not p.requires_grad
-        )  # made so by their module
         self.compiled: Callable[[PrecomputedFeatures], dict[str, Tensor]] | None = None  # `resume`, for training steps
         self.used_parameters: list[
             bool
@@ -61,24 +56,14 @@ class Detector(nn.Module):
         """The branch `name`."""
         return cast(Head, self.heads[name])
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The names given to `freeze`."""
+        return self._freezing.names
+
     def freeze(self, names: Sequence[str]) -> Self:
-        """Freeze exactly these submodules; everything else is trained.
-
-        Wrap in DDP after this call: DDP reduces only what was trained when it was built.
-
-        Raises: UserError: a name is not a submodule; lists the valid ones.
-        """
-        for name in names:
-            freeze.resolve(self, name)
-        self.frozen = tuple(names)
-        freeze.apply(self)
-        return self.train(self.training)
-
-    def train(self, mode: bool = True) -> Self:
-        """As in torch, but frozen parts and norms with fixed statistics stay in eval mode."""
-        super().train(mode)
-        freeze.set_frozen_eval(self)
-        return self
+        """As `detbb.freeze(detector, names)`: exactly these submodules are frozen."""
+        return freeze(self, names)
 
     def normalize(self, images: Tensor, sizes: Sequence[ImageSize]) -> Tensor:
         """(B, 3, H, W) uint8 RGB -> the network's input, with padding at exactly 0 (as in torchvision)."""
@@ -118,15 +103,19 @@ class Detector(nn.Module):
                 losses[first] = losses[first] + torch.stack(absent).sum() * 0
         return losses
 
-    def active_heads(self, source: str | None = None) -> list[str]:
-        """The heads whose loss reaches something that is trained (and that learn from `source`)."""
-        shared = any(p.requires_grad for part in (self.backbone, self.neck) for p in part.parameters())
+    def active_heads(self, source: str | None = None, *, frozen: Sequence[str] | None = None) -> list[str]:
+        """The heads that learn from `source` (None: from any) and whose loss reaches something that is trained.
+
+        frozen: None for what is frozen now, or names that would be.
+        """
+        trained = trained_names(self, frozen)
+        shared = any(name.startswith(("backbone.", "neck.")) for name in trained)
         return [
             name
-            for name, head in self.heads.items()
-            if (source is None or self.sources.get(name) == source)
-            and (shared or any(p.requires_grad for p in head.parameters()))
-            and f"heads.{name}" not in self._inherited()
+            for name in self.heads
+            if name in self.sources  # an inherited head has none
+            and source in (None, self.sources[name])
+            and (shared or any(n.startswith(f"heads.{name}.") for n in trained))
         ]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -145,23 +134,23 @@ class Detector(nn.Module):
         chosen = list(self.heads) if heads is None else list(heads)
         return {name: self.head(name).decode(self.head(name)(features, sizes), sizes) for name in chosen}
 
-    def _inherited(self) -> set[str]:
-        return {f"heads.{name}" for name in self.heads if name not in self.sources}
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-def view(detector: Detector, replaced: Mapping[str, Tensor] = {}) -> Detector:
-    """A detector of its own in eval mode that shares every tensor with `detector` but the replaced ones.
+def view(module: AnyModule, replaced: Mapping[str, Tensor] = {}) -> AnyModule:
+    """A module of its own in eval mode that shares every tensor with `module` but the replaced ones.
 
-    Costs no tensor memory. Evaluating it leaves the live detector's mode, gradients and statistics alone.
+    Costs no tensor memory. Evaluating it leaves the live module's mode, gradients and statistics alone.
     """
     # deepcopy looks an object up in `memo` by id before it copies it: with all tensors listed, only modules are copied.
     memo: dict[int, Any] = {}
-    for name, parameter in detector.named_parameters():
+    for name, parameter in module.named_parameters():
         tensor = replaced.get(name, parameter.detach()).to(parameter.device, parameter.dtype)
-        memo[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
-    for name, buffer in detector.named_buffers():
+        memo[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
+    for name, buffer in module.named_buffers():
         memo[id(buffer)] = replaced[name].to(buffer.device, buffer.dtype) if name in replaced else buffer
-    return copy.deepcopy(detector, memo).eval()
+    return rest_all(copy.deepcopy(module, memo))
 
 
 def build_detector(config: Config, classes: Mapping[str, Any] | None = None) -> Detector:
@@ -190,12 +179,12 @@ def build_detector(config: Config, classes: Mapping[str, Any] | None = None) -> 
     detector.classes = lists
     detector.sources = {n: h.data for n, h in config.heads.items() if n not in config.inherited_heads}
     detector.loss_weights = {n: h.loss_weight for n, h in config.heads.items()}
-    detector.norm_rules = _norm_rules(config, detector)
     detector.to(memory_format=torch.channels_last)
     if config.train.precision == "fp64":
         detector.double()
     first = config.phases[0].freeze if config.phases else config.freeze
-    return detector.freeze([*first, *(f"heads.{n}" for n in config.inherited_heads)])
+    names = [*first, *(f"heads.{n}" for n in config.inherited_heads)]
+    return freeze(detector, names, norm_rules=_norm_rules(config, detector))
 
 
 def read_classes(config: Config) -> dict[str, ClassList]:
@@ -209,15 +198,15 @@ def read_classes(config: Config) -> dict[str, ClassList]:
     return found
 
 
-def _norm_rules(config: Config, detector: Detector) -> tuple[freeze.NormRule, ...]:
+def _norm_rules(config: Config, detector: Detector) -> tuple[NormRule, ...]:
     backbone = config.backbone
-    rules = [freeze.NormRule("backbone", backbone.norm_eval, not backbone.norm_affine)]
-    rules.append(freeze.NormRule("neck", config.neck.norm_eval, not config.neck.norm_affine))
+    rules = [NormRule("backbone", backbone.norm_eval, not backbone.norm_affine)]
+    rules.append(NormRule("neck", config.neck.norm_eval, not config.neck.norm_affine))
     for name, head_config in config.heads.items():
         fixed_statistics = bool(getattr(head_config, "norm_eval", False))
-        rules.append(freeze.NormRule(f"heads.{name}", fixed_statistics, not getattr(head_config, "norm_affine", True)))
+        rules.append(NormRule(f"heads.{name}", fixed_statistics, not getattr(head_config, "norm_affine", True)))
         for part in getattr(detector.heads[name], "backbone_parts", ()):  # a C4 head's layer4 follows the backbone
-            rules.append(freeze.NormRule(f"heads.{name}.{part}", backbone.norm_eval, not backbone.norm_affine))
+            rules.append(NormRule(f"heads.{name}.{part}", backbone.norm_eval, not backbone.norm_affine))
     return tuple(rules)
 
 

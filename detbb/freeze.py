@@ -1,4 +1,4 @@
-"""The freeze rule, in one place.
+"""The freeze rule, in one place, for any module: the trainer's own code, and a library for other loops.
 
 A frozen part keeps every bit: its parameters need no gradient and hold none, it stays in eval mode through every
 `.train()` (so norm statistics and dropout rest), and it is in no optimizer, no average and no DDP bucket. Nothing is
@@ -9,19 +9,21 @@ replaced: keys, ids and modules stay, so freezing is reversible. Everything else
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from detbb.core.errors import UserError, nearest
-from detbb.modeling.backbones.resnet import STEM
-from detbb.modeling.norm import FrozenBatchNorm2d, has_running_stats, is_norm, norm_modules
+from detbb.modeling.norm import has_running_stats, is_norm, norm_modules
 
-if TYPE_CHECKING:
-    from detbb.detector import Detector
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -33,81 +35,167 @@ class NormRule:
     fixed_affine: bool  # not norm_affine
 
 
+@dataclass(frozen=True)
+class Freezing:
+    """What was asked for, and which parameters `freeze` switched off itself: others that are off are the user's own."""
+
+    names: tuple[str, ...] = ()
+    norm_rules: tuple[NormRule, ...] = ()
+    switched_off: frozenset[str] = frozenset()
+
+
+class Freezable(nn.Module):
+    """A module whose frozen parts stay in eval mode; `freeze` makes one of any module."""
+
+    _freezing = Freezing()
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch, but frozen parts and norms with fixed statistics stay in eval mode."""
+        super().train(mode)
+        set_frozen_eval(self)
+        return self
+
+
 class FrozenTensorChanged(RuntimeError):
     """A tensor that this run promised not to touch is not what it was."""
 
     same_on_all_ranks = True  # as in errors.UserError
 
 
-def resolve(detector: Detector, name: str, *, key: str = "freeze") -> list[tuple[str, nn.Module]]:
-    """The submodules that a name in config key `key` stands for; `backbone.stem` is conv1 + bn1.
+def freeze(module: AnyModule, names: Sequence[str], *, norm_rules: Sequence[NormRule] | None = None) -> AnyModule:
+    """`module`, with exactly these submodules frozen; everything else is trained.
+
+        detbb.freeze(model, ["backbone.stem", "neck"])
+
+    It holds through `.train()`, `copy.deepcopy` and pickling. A parameter that the user switched off stays off until
+    the user switches it on. Build the optimizer and wrap in DDP after this call: DDP reduces only what was trained when
+    it was built. norm_rules: None keeps those given before.
+
+    Raises: UserError: a name is not a submodule, and then nothing is changed; lists the valid ones.
+    """
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        raise UserError("freeze: DDP reduces what was trained when it was made; freeze its .module, and wrap that anew")
+    before = _freezing(module)
+    rules = before.norm_rules if norm_rules is None else tuple(norm_rules)
+    after = Freezing(tuple(names), rules, before.switched_off)
+    fixed = _fixed_parameters(module, after)
+    awake = []
+    with suppress(UserError):  # a part that was frozen may have been replaced since
+        awake = _resting_modules(module, before)
+    switched_off = set()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad or name in before.switched_off:
+            parameter.requires_grad_(id(parameter) not in fixed)
+            if id(parameter) in fixed:
+                switched_off.add(name)
+        if not parameter.requires_grad:
+            parameter.grad = None  # a stale gradient would still be applied by the next optimizer step
+    _make_freezable(module)._freezing = replace(after, switched_off=frozenset(switched_off))
+    for part in awake:
+        part.train(module.training)
+    set_frozen_eval(module)
+    return module
+
+
+def set_frozen_eval(module: nn.Module) -> None:
+    """Put what is frozen back into eval mode; called at the end of every `.train()`."""
+    for part in _resting_modules(module, _freezing(module)):
+        part.eval()
+
+
+def rest_all(module: AnyModule) -> AnyModule:
+    """`module` in eval mode with every gradient switched off, until the next `freeze`."""
+    trained = trained_names(module)
+    state = _make_freezable(module)._freezing
+    module._freezing = replace(state, switched_off=state.switched_off.union(trained))  # type: ignore[assignment]
+    return module.requires_grad_(False).eval()
+
+
+def resolve(module: nn.Module, name: str, *, key: str = "freeze") -> list[tuple[str, nn.Module]]:
+    """The submodules that a name in config key `key` stands for: one, or the members of an alias.
 
     Raises: UserError: no such submodule; lists the valid ones.
     """
-    if name == "backbone.stem":
-        return [(f"backbone.{n}", detector.backbone.get_submodule(n)) for n in STEM]
-    modules = dict(detector.named_modules())
-    if name and name in modules:
-        return [(name, modules[name])]
-    hint = nearest(name, [*modules, "backbone.stem"])
-    raise UserError(
-        f"{key}: {name!r} is not a submodule; valid are {', '.join(parts(detector))} and anything below them{hint}"
-    )
+    aliases = _aliases(module)
+    with suppress(AttributeError):
+        if name:
+            return [(path, module.get_submodule(path)) for path in aliases.get(name, [name])]
+    hint = nearest(name, [*dict(module.named_modules()), *aliases])
+    valid = f"valid are {', '.join(parts(module))} and anything below them"
+    raise UserError(f"{key}: {name!r} is not a submodule; {valid}{hint}")
 
 
-def parts(detector: Detector) -> list[str]:
-    """The submodules that reports and error messages speak of."""
-    stages = [f"backbone.{stage}" for stage in detector.backbone.stages]
-    neck = ["neck"] if any(True for _ in detector.neck.parameters()) else []
-    return ["backbone", *stages, *neck, *(f"heads.{name}" for name in detector.heads)]
+def parts(module: nn.Module) -> list[str]:
+    """The submodules that reports and error messages speak of.
+
+    Its children, each member of a ModuleDict, and the stages of a child that has `aliases`.
+    """
+    found: list[str] = []
+    for name, child in module.named_children():
+        aliases = getattr(child, "aliases", None)
+        if isinstance(child, nn.ModuleDict):
+            found += [f"{name}.{member}" for member in child]
+        elif _has_tensors(child):
+            found.append(name)
+            if isinstance(aliases, Mapping):
+                inside = set(chain(*aliases.values()))
+                stages = [n for n, stage in child.named_children() if n not in inside and _has_tensors(stage)]
+                found += [f"{name}.{stage}" for stage in (*aliases, *stages)]
+    return found
 
 
-def apply(detector: Detector) -> None:
-    """Set `requires_grad` by `detector.frozen` and the norm rules, and drop gradients of what is not trained."""
-    for name, parameter in detector.named_parameters():
-        parameter.requires_grad_(name not in detector.always_fixed)
-    for module in _frozen_modules(detector):
-        module.requires_grad_(False)
-    for rule, norm in _ruled_norms(detector):
-        if rule.fixed_affine:
-            norm.requires_grad_(False)
-    for parameter in detector.parameters():
-        if not parameter.requires_grad:
-            parameter.grad = None  # a stale gradient would still be applied by the next optimizer step
+def part_of(name: str, aliases: Mapping[str, Sequence[str]] = {}) -> str:
+    """The part of a detector that a tensor belongs to: `backbone.<stage>`, `neck` or `heads.<name>`.
+
+    aliases: of its backbone.
+    """
+    first, second, *_ = name.split(".")
+    if first == "backbone":
+        second = next((alias for alias, members in aliases.items() if second in members), second)
+    return f"{first}.{second}" if first in ("backbone", "heads") else first
 
 
-def set_frozen_eval(detector: Detector) -> None:
-    """Put what is frozen back into eval mode; called at the end of every `.train()`."""
-    for module in _frozen_modules(detector):
-        module.eval()
-    for rule, norm in _ruled_norms(detector):
-        if rule.fixed_statistics:
-            norm.eval()
+def tensors_of(module: nn.Module, name: str, *, key: str = "freeze") -> set[str]:
+    """The state-dict names below a name as `resolve` takes it. Raises: UserError: no such submodule."""
+    return {f"{prefix}.{n}" for prefix, m in resolve(module, name, key=key) for n in m.state_dict()}
 
 
-def frozen_names(detector: Detector) -> list[str]:
-    """Every state-dict tensor that must not change while `detector.frozen` holds, in state-dict order.
+def trained_names(module: nn.Module, names: Sequence[str] | None = None) -> list[str]:
+    """The parameters that are trained now, or that would be with `names` frozen, in the order of `parameters()`."""
+    if names is None:
+        return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    state = replace(_freezing(module), names=tuple(names))
+    fixed = _fixed_parameters(module, state)
+    named = module.named_parameters()
+    return [n for n, p in named if id(p) not in fixed and (p.requires_grad or n in state.switched_off)]
+
+
+def frozen_names(module: nn.Module, names: Sequence[str] | None = None) -> list[str]:
+    """Every state-dict tensor that must not change now, or that must not with `names` frozen, in state-dict order.
+
+        detbb.frozen_names(model)
 
     Parameters that are not trained, and buffers of frozen parts, of norms with fixed statistics, and of frozen norms.
     """
-    inside = {id(m) for module in _frozen_modules(detector) for m in module.modules()}
-    inside |= {id(norm) for rule, norm in _ruled_norms(detector) if rule.fixed_statistics}
-    names = {name for name, parameter in detector.named_parameters() if not parameter.requires_grad}
-    for prefix, module in detector.named_modules():
-        if id(module) in inside or isinstance(module, FrozenBatchNorm2d):
-            names |= {f"{prefix}.{name}" for name, _ in module.named_buffers(recurse=False)}
-    return [name for name in detector.state_dict() if name in names]
+    parameters = dict(module.named_parameters())
+    trained = {id(parameters[name]) for name in trained_names(module, names)}
+    found = {n for n, p in module.named_parameters(remove_duplicate=False) if id(p) not in trained}
+    resting = {id(m) for part in _all_resting_modules(module, names) for m in part.modules()}
+    for prefix, m in module.named_modules(remove_duplicate=False):
+        if id(m) in resting or isinstance(m, FrozenBatchNorm2d):
+            found |= {name for name, _ in m.named_buffers(prefix, recurse=False)}
+    return [name for name in module.state_dict() if name in found]
 
 
-def averaged_names(detector: Detector) -> list[str]:
-    """What an EMA averages: trained parameters, and statistics of norms that move.
+def averaged_names(module: nn.Module, names: Sequence[str] | None = None) -> list[str]:
+    """What an EMA averages now, or with `names` frozen: trained parameters, and statistics of norms that move.
 
     Other buffers are constants, such as masks of -inf, or a module's own business.
     """
-    names = {f"{prefix}.{n}" for prefix, norm in norm_modules(detector) for n, _ in norm.named_buffers(recurse=False)}
-    names |= dict(detector.named_parameters()).keys()
-    names -= set(frozen_names(detector))
-    return [n for n, t in detector.state_dict().items() if n in names and t.is_floating_point()]
+    found = {name for prefix, norm in norm_modules(module) for name, _ in norm.named_buffers(prefix, recurse=False)}
+    found |= dict(module.named_parameters()).keys()
+    found -= set(frozen_names(module, names))
+    return [n for n, t in module.state_dict().items() if n in found and t.is_floating_point()]
 
 
 def digest(tensor: Tensor) -> str:
@@ -117,30 +205,37 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(head + b"\0" + flat.numpy().data).hexdigest()
 
 
-def digests(state: dict[str, Tensor], names: Iterable[str]) -> dict[str, str]:
-    return {name: digest(state[name]) for name in names}
+def digests(source: nn.Module | Mapping[str, Tensor], names: Iterable[str] | None = None) -> dict[str, str]:
+    """SHA-256 by state-dict name: of a module's frozen tensors, of a whole state dict, or of `names` in either.
+
+    before = detbb.digests(model)
+    """
+    if isinstance(source, nn.Module):
+        names = frozen_names(source) if names is None else names
+        source = source.state_dict()
+    return {name: digest(source[name]) for name in (source if names is None else names)}
 
 
-def changed(detector: Detector, expected: dict[str, str]) -> list[str]:
+def changed(module: nn.Module, expected: Mapping[str, str]) -> list[str]:
     """The tensors whose digest is not the expected one, in order."""
-    state = detector.state_dict()
+    state = module.state_dict()
     return [name for name, value in expected.items() if name not in state or digest(state[name]) != value]
 
 
-def frozen_in_train_mode(detector: Detector) -> list[str]:
+def frozen_in_train_mode(module: nn.Module) -> list[str]:
     """Norms whose statistics are frozen and that are in train mode nevertheless."""
-    frozen = set(frozen_names(detector))
+    frozen = set(frozen_names(module))
     found = []
-    for name, module in detector.named_modules():
-        owns = {f"{name}.{n}" for n, _ in module.named_buffers(recurse=False)} & frozen
-        if module.training and owns and has_running_stats(module):
+    for name, norm in norm_modules(module):
+        owns = {n for n, _ in norm.named_buffers(name, recurse=False)} & frozen
+        if norm.training and owns and has_running_stats(norm):
             found.append(name)
     return found
 
 
-def explain(detector: Detector, names: Sequence[str]) -> str:
+def explain(module: nn.Module, names: Sequence[str]) -> str:
     """One line for a FrozenTensorChanged: which tensors, and what such a change can come from."""
-    modules = dict(detector.named_modules())
+    modules = dict(module.named_modules())
     in_train_mode = sorted(
         {n.rpartition(".")[0] for n in names if getattr(modules.get(n.rpartition(".")[0]), "training", False)}
     )
@@ -156,13 +251,70 @@ def explain(detector: Detector, names: Sequence[str]) -> str:
     return f"frozen but changed: {shown}; it can come from: {'; '.join(causes)}"
 
 
-def _frozen_modules(detector: Detector) -> list[nn.Module]:
-    return [module for name in detector.frozen for _, module in resolve(detector, name)]
+def _freezing(module: nn.Module) -> Freezing:
+    return module._freezing if isinstance(module, Freezable) else Freezing()
 
 
-def _ruled_norms(detector: Detector) -> Iterator[tuple[NormRule, nn.Module]]:
-    for rule in detector.norm_rules:
-        if rule.fixed_statistics or rule.fixed_affine:
-            for module in detector.get_submodule(rule.part).modules():
-                if is_norm(module):
-                    yield rule, module
+def _make_freezable(module: nn.Module) -> Freezable:
+    """`module`, whose instance gets a class of its own where it needs one, as in torch.nn.utils.parametrize."""
+    if not isinstance(module, Freezable):
+        module.__class__ = _freezable(type(module))  # type: ignore[arg-type]
+    return cast(Freezable, module)
+
+
+@cache
+def _freezable(plain: type[nn.Module]) -> type[nn.Module]:
+    class Mixed(Freezable, plain):  # type: ignore[misc, valid-type]
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            """For copy and pickle, which find a class by its name: make a plain one first."""
+            make, arguments, *state = super().__reduce_ex__(protocol)
+            return _remade, tuple(plain if x is Mixed else x for x in (make, *arguments)), *state
+
+    Mixed.__module__, Mixed.__name__, Mixed.__qualname__ = plain.__module__, plain.__name__, plain.__qualname__
+    Mixed.__doc__ = plain.__doc__
+    return Mixed
+
+
+def _remade(make: Any, *arguments: Any) -> Freezable:
+    return _make_freezable(make(*arguments))
+
+
+def _aliases(module: nn.Module) -> dict[str, list[str]]:
+    """Names for several submodules, as a submodule's `aliases` gives them: `backbone.stem` is conv1 and bn1."""
+    found: dict[str, list[str]] = {}
+    for prefix, m in module.named_modules():
+        if isinstance(aliases := getattr(m, "aliases", None), Mapping):
+            below = f"{prefix}." if prefix else ""
+            found |= {below + alias: [below + member for member in members] for alias, members in aliases.items()}
+    return found
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for _ in chain(module.parameters(), module.buffers()))
+
+
+def _frozen_modules(module: nn.Module, state: Freezing) -> list[nn.Module]:
+    return [part for name in state.names for _, part in resolve(module, name)]
+
+
+def _ruled_norms(module: nn.Module, state: Freezing, switch: str) -> list[nn.Module]:
+    ruled = [module.get_submodule(rule.part) for rule in state.norm_rules if getattr(rule, switch)]
+    return [norm for part in ruled for norm in part.modules() if is_norm(norm)]
+
+
+def _fixed_parameters(module: nn.Module, state: Freezing) -> set[int]:
+    """ids of the parameters that names and norm rules switch off; an id, as modules may share one."""
+    fixed = [*_frozen_modules(module, state), *_ruled_norms(module, state, "fixed_affine")]
+    return {id(parameter) for part in fixed for parameter in part.parameters()}
+
+
+def _resting_modules(module: nn.Module, state: Freezing) -> list[nn.Module]:
+    """What stays in eval mode."""
+    return [*_frozen_modules(module, state), *_ruled_norms(module, state, "fixed_statistics")]
+
+
+def _all_resting_modules(module: nn.Module, names: Sequence[str] | None) -> list[nn.Module]:
+    """Those of `module`, and of every module in it that was frozen in itself (the one in a DDP)."""
+    state = _freezing(module) if names is None else replace(_freezing(module), names=tuple(names))
+    inner = [m for m in module.modules() if isinstance(m, Freezable) and m is not module]
+    return _resting_modules(module, state) + [part for m in inner for part in _resting_modules(m, m._freezing)]

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 @pytest.fixture(scope="module")
-def trainable_parameters(tmp_path_factory):
+def trained(tmp_path_factory):
     """Checkpoints: a detector, and three runs apart that add branches to it; and the branch files of two."""
     folder = tmp_path_factory.mktemp("trained")
     data = folder / "images"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from learning import bits_differ, copy_state, learn, made_batch, make_state, sma
 from processes import run_ranks
 from torch import nn
 
-from detbb import freeze
 from detbb.config.schema import EmaConfig
 from detbb.core.errors import UserError
 from detbb.detector import view
+from detbb.freeze import Freezable, changed, digests, explain, frozen_names
+from detbb.modeling.norm import norm_modules
 from detbb.training import optim
 
 STEM = ["backbone.stem", "backbone.layer1"]
@@ -21,7 +23,7 @@ ALL_SHARED = ["backbone", "neck"]
 
 
 def expected_frozen(detector, names):
-    """Independent of freeze.frozen_names: by prefix of the state-dict key."""
+    """Independent of frozen_names: by prefix of the state-dict key."""
     prefixes = []
     for name in names:
         prefixes += ["backbone.conv1.", "backbone.bn1."] if name == "backbone.stem" else [name + "."]
@@ -34,7 +36,7 @@ def test_stem_and_layer1_are_exactly_these_parameters(arch, tensors, parameters)
     frozen = {n: p for n, p in detector.named_parameters() if not p.requires_grad}
     assert set(frozen) == {n for n in expected_frozen(detector, STEM) if n in dict(detector.named_parameters())}
     assert (len(frozen), sum(p.numel() for p in frozen.values())) == (tensors, parameters)
-    assert set(freeze.frozen_names(detector)) == expected_frozen(detector, STEM)
+    assert set(frozen_names(detector)) == expected_frozen(detector, STEM)
 
 
 CASES = [
@@ -76,7 +78,7 @@ def test_frozen_is_bit_exact_after_50_steps_and_the_rest_all_moved(
 
 
 def _two_ranks():
-    changed, finals = {}, {}
+    moved, finals = {}, {}
     for frozen in (STEM, ALL_SHARED):
         config = small_config()
         config.optimizer.weight_decay = 0.1
@@ -85,9 +87,9 @@ def _two_ranks():
         before = copy_state(detector)
         learner = make_state(config, detector, frozen)
         learn(learner, 50, lr=1e-3)
-        changed[str(frozen)] = bits_differ(before, copy_state(detector))
-        finals[str(frozen)] = freeze.digests(detector.state_dict(), detector.state_dict())
-    return changed, finals
+        moved[str(frozen)] = bits_differ(before, copy_state(detector))
+        finals[str(frozen)] = digests(detector.state_dict())
+    return moved, finals
 
 
 def test_two_processes_keep_what_is_frozen_and_stay_equal_to_the_bit():
@@ -159,7 +161,6 @@ class Odd(nn.Module):
 def test_bare_parameters_instance_norm_dropout_and_constants_rest_too():
     detector = small_detector(small_config())
     detector.heads["objects"].odd = Odd()
-    detector.always_fixed = frozenset({"heads.objects.odd.fixed"})
     odd = detector.heads["objects"].odd
     detector.freeze(["heads.objects.odd"]).train()
     state = copy_state(detector)
@@ -167,7 +168,7 @@ def test_bare_parameters_instance_norm_dropout_and_constants_rest_too():
     assert torch.equal(odd(x), odd(x))
     assert not bits_differ(state, copy_state(detector))
     assert not any(p.requires_grad for p in odd.parameters())
-    assert "heads.objects.odd.instance.running_mean" in freeze.frozen_names(detector)
+    assert "heads.objects.odd.instance.running_mean" in frozen_names(detector)
     detector.freeze([])
     assert odd.scale.requires_grad and not odd.fixed.requires_grad
     odd(x)
@@ -186,12 +187,12 @@ def test_the_two_norm_switches_are_independent(part, statistics, affine):
     before = copy_state(learner.detector)
     learn(learner, 3, lr=0.3, boxes=6)
     moved = bits_differ(before, copy_state(learner.detector))
-    norms = {n for n, _ in freeze.norm_modules(learner.detector.get_submodule(part))}
+    norms = {n for n, _ in norm_modules(learner.detector.get_submodule(part))}
     assert norms
     for name in norms:
         assert (f"{part}.{name}.running_mean" in moved) is not statistics
         assert (f"{part}.{name}.weight" in moved) is affine
-    expected = set(before) - set(freeze.frozen_names(learner.detector))
+    expected = set(before) - set(frozen_names(learner.detector))
     assert any(f"{part}.{name}.weight" in moved for name in norms) is affine
     assert moved <= expected  # random norms elsewhere may meet gradients below half a last place
 
@@ -241,10 +242,10 @@ def changed_after(plant, *, frozen=ALL_SHARED, steps=3):
     learner = make_state(config, small_detector(config), [])
     learn(learner, 2)  # momentum and gradients are there when freezing comes
     switch(learner, config, frozen)
-    known = freeze.digests(learner.detector.state_dict(), expected_frozen(learner.detector, frozen))
+    known = digests(learner.detector, expected_frozen(learner.detector, frozen))
     plant(learner, config)
     learn(learner, steps, first=2)
-    return learner.detector, freeze.changed(learner.detector, known)
+    return learner.detector, changed(learner.detector, known)
 
 
 def test_without_a_mutant_nothing_changes():
@@ -252,19 +253,19 @@ def test_without_a_mutant_nothing_changes():
 
 
 def test_mutant_bn_train_is_caught_and_named():
-    detector, changed = changed_after(lambda learner, _: learner.detector.backbone.layer2[0].bn1.train())
-    assert {n.rpartition(".")[0] for n in changed} == {"backbone.layer2.0.bn1"}
-    assert "backbone.layer2.0.bn1 is in train mode" in freeze.explain(detector, changed)
+    detector, names = changed_after(lambda learner, _: learner.detector.backbone.layer2[0].bn1.train())
+    assert {n.rpartition(".")[0] for n in names} == {"backbone.layer2.0.bn1"}
+    assert "backbone.layer2.0.bn1 is in train mode" in explain(detector, names)
 
 
 def test_mutant_eval_once_at_the_start_is_caught(monkeypatch):
     def plant(learner, _):
-        monkeypatch.setattr(freeze, "pin", lambda detector: None)
+        monkeypatch.setattr(sys.modules[Freezable.__module__], "set_frozen_eval", lambda detector: None)
         learner.detector.backbone.eval()
         learner.detector.train()  # as every loop does after an evaluation
 
-    changed = changed_after(plant)[1]
-    assert changed and all(n.endswith(("running_mean", "running_var", "num_batches_tracked")) for n in changed)
+    names = changed_after(plant)[1]
+    assert names and all(n.endswith(("running_mean", "running_var", "num_batches_tracked")) for n in names)
 
 
 def test_mutant_decay_on_all_parameters_is_caught():
@@ -307,7 +308,7 @@ def _unfreeze(rewrap):
     if not rewrap:
         learner.model = model
     learn(learner, 2, first=2)
-    return freeze.digests(learner.detector.state_dict(), learner.detector.state_dict())
+    return digests(learner.detector.state_dict())
 
 
 @pytest.mark.parametrize("rewrap", [True, False])

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from detbb import freeze
 from detbb.checkpoint.content import (
     FORM,
     FORMAT_VERSION,
@@ -30,6 +29,7 @@ from detbb.core.errors import UserError, unknown_name
 from detbb.core.files import BadFile, check_output, load_tensors, save_tensors
 from detbb.core.schema import find_error
 from detbb.detector import build_detector
+from detbb.freeze import digests
 from detbb.heads.loading import config_from_dict
 
 BRANCH_FORM: dict[str, Any] = {  # as `schema.find_error` reads it
@@ -75,7 +75,7 @@ def extract(checkpoint: Path | str, head: str, *, output: Path | str, overwrite:
     config, needed = _reduced(content, [head])
     state, prefix = evaluated_state(content), f"heads.{head}."
     tensors = {n.removeprefix(prefix): state[n].clone() for n in state if n in needed and n.startswith(prefix)}
-    shared = freeze.digests(state, [n for n in state if n in needed and not n.startswith("heads.")])
+    shared = digests(state, [n for n in state if n in needed and not n.startswith("heads.")])
     branch = {
         "format_version": FORMAT_VERSION,
         "kind": "branch",
@@ -113,7 +113,7 @@ def attach(
     content = _open(checkpoint, output, overwrite)
     config = config_from_dict(content["config"], origin="the checkpoint's stored config")
     state = evaluated_state(content)
-    digests = freeze.digests(state, [n for n in state if not n.startswith("heads.")])
+    shared = digests(state, [n for n in state if not n.startswith("heads.")])
     lines = []
     for file in files:
         branch = read_branch(file)
@@ -122,7 +122,7 @@ def attach(
             raise UserError(
                 f"{file}: {checkpoint} has a branch {name!r} already; give one file and another name with --head"
             )
-        if problem := _mismatch(branch, digests):
+        if problem := _mismatch(branch, shared):
             if not force:
                 raise UserError(f"{file}: {problem}; train it from this checkpoint with these frozen, or use --force")
             lines.append(f"WARNING: {file}: {problem}; measure it with tools/eval.py before you use it")
@@ -133,7 +133,7 @@ def attach(
         content["model"].update(tensors)
         content["classes"][name] = branch["classes"]
         content["frozen"]["names"].append(f"heads.{name}")
-        content["frozen"]["digests"].update(freeze.digests(tensors, tensors))
+        content["frozen"]["digests"].update(digests(tensors))
         lines.append(f"attached {name} ({own.type}, data {own.data}): {len(tensors)} tensors")
     content["config"] = config_to_dict(config)
     return [*lines, _save(output, content)]

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detbb import freeze
 from detbb.config.schema import Config, DataConfig
 from detbb.core.errors import UserError, unknown_name
 from detbb.core.files import BadFile, load_tensors
 from detbb.core.schema import find_error
 from detbb.detector import Detector, build_detector, view
+from detbb.freeze import frozen_names, part_of
 from detbb.heads import HeadConfig
 from detbb.heads.loading import config_from_dict
 from detbb.structures.class_list import ClassList
@@ -137,7 +137,7 @@ class InitReport:
         lines = [f"init_from {self.source}: {len(self.loaded)} tensors start from {kind}"]
         for title, names in (("start fresh", self.fresh), ("start fresh, the class count changed", self.reset)):
             if names:
-                lines.append(f"  {len(names)} {title}: {', '.join(sorted({_part(n) for n in names}))}")
+                lines.append(f"  {len(names)} {title}: {', '.join(sorted({part_of(n) for n in names}))}")
         if self.inherited_heads:
             lines.append(f"  inherited untouched, not listed in this config: {', '.join(self.inherited_heads)}")
         return lines
@@ -242,9 +242,4 @@ def load_detector(path: Path | str, *, weights: str | None = None, device: str =
 
 def frozen_entry(detector: Detector, known: Mapping[str, str]) -> dict[str, Any]:
     """A checkpoint's `frozen`: the freeze names, and the digest of every tensor they keep."""
-    return {"names": list(detector.frozen), "digests": {n: known[n] for n in freeze.frozen_names(detector)}}
-
-
-def _part(name: str) -> str:
-    pieces = name.split(".")
-    return ".".join(pieces[:2]) if pieces[0] in ("heads", "backbone") else pieces[0]
+    return {"names": list(detector.frozen), "digests": {n: known[n] for n in frozen_names(detector)}}

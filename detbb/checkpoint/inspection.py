@@ -12,11 +12,11 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from detbb import freeze
 from detbb.checkpoint.branches import read_branch, some
 from detbb.checkpoint.content import evaluated_state, open_checkpoint
 from detbb.core.errors import UserError
-from detbb.modeling.backbones.resnet import STEM
+from detbb.freeze import digests, part_of
+from detbb.modeling.backbones.resnet import Backbone
 
 COLUMNS = ("raw equal", "raw differ", "evaluated equal", "evaluated differ", "only in A", "only in B")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -54,7 +54,7 @@ def diff(a: Path | str, b: Path | str, *, names: bool = False) -> tuple[list[Ren
     counts: dict[str, Counter[str]] = {}
     differing: dict[str, list[str]] = {}
     for name in {**first.raw, **second.raw}:
-        module = _module(name)
+        module = part_of(name, Backbone.aliases)
         kinds = counts.setdefault(module, Counter())
         if name not in second.raw or name not in first.raw:
             kinds["only in A" if name in first.raw else "only in B"] += 1
@@ -85,8 +85,8 @@ class _Digests:
     def __init__(self, content: Mapping[str, Any]) -> None:
         averages = {} if content["ema"] is None else content["ema"]["tensors"]
         state = evaluated_state(content)
-        self.raw = freeze.digests(content["model"], content["model"])
-        self.evaluated = self.raw | freeze.digests(state, [name for name in averages if name in state])
+        self.raw = digests(content["model"])
+        self.evaluated = self.raw | digests(state, [name for name in averages if name in state])
         self.frozen: dict[str, str] = content["frozen"]["digests"]
 
 
@@ -129,8 +129,9 @@ def _parts(content: Mapping[str, Any], tensors: Mapping[str, Any], classes: Mapp
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for name, tensor in tensors.items():
-        counts[_module(name)] += 1
-        sizes[_module(name)] += tensor.numel() * (not name.endswith(STATISTICS))
+        part = part_of(name, Backbone.aliases)
+        counts[part] += 1
+        sizes[part] += tensor.numel() * (not name.endswith(STATISTICS))
     table = _table("module", "tensors", "parameters", "type", "data", "classes", title="")
     for part, size in sizes.items():
         head = content["config"]["heads"].get(part.removeprefix("heads.")) if part.startswith("heads.") else None
@@ -142,14 +143,6 @@ def _parts(content: Mapping[str, Any], tensors: Mapping[str, Any], classes: Mapp
         _add(table, part, f"{counts[part]:,}", f"{size:,}", *about)
     _add(table, "all", f"{counts.total():,}", f"{sizes.total():,}")
     return table
-
-
-def _module(tensor: str) -> str:
-    """The part of the freeze report that a tensor belongs to."""
-    first, second, *_ = tensor.split(".")
-    if first == "backbone" and second in STEM:
-        return "backbone.stem"
-    return first if first == "neck" else f"{first}.{second}"
 
 
 def _table(*headers: str, title: str) -> Table:

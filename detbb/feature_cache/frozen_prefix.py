@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -20,22 +20,23 @@ from torch import Tensor, nn
 
 from detbb.config.schema import TrainConfig
 from detbb.detector import Detector
-from detbb.modeling.norm import moving_norms
+from detbb.freeze import averaged_names, tensors_of
 from detbb.modeling.precision import AUTOCAST
 from detbb.structures.batch import Batch, ImageSize, PrecomputedFeatures
 
 
-def last_frozen(detector: Detector) -> str | None:
+def last_frozen(detector: Detector, names: Sequence[str] | None = None) -> str | None:
     """The last part that rests with everything before it: None, `stem`, `layer1` … `layer4`, or `neck`.
 
-    A part rests if nothing in it is trained and no statistics move, as the detector stands now (in train mode).
+    A part rests if nothing in it is trained and no statistics move. names: None for what is frozen now, or what would
+    be.
     """
-    backbone, last = detector.backbone, None
-    for stage in backbone.stages:
-        if not all(map(_is_frozen, backbone.stage_modules(stage))):
+    moving, last = set(averaged_names(detector, names)), None
+    for stage in detector.backbone.stages:
+        if moving & tensors_of(detector, f"backbone.{stage}"):
             return last
         last = stage
-    return "neck" if _is_frozen(detector.neck) else last
+    return last if moving & tensors_of(detector, "neck") else "neck"
 
 
 class FrozenPrefix:
@@ -169,10 +170,6 @@ def _give_back_memory() -> None:
     """Return what was freed to the system: glibc keeps it, in pieces that activations do not fit into."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # where it is not glibc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _is_frozen(part: nn.Module) -> bool:
-    return not any(p.requires_grad for p in part.parameters()) and not any(moving_norms(part))
 
 
 def _position(stages: tuple[str, ...], after: str) -> int:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from detbb import freeze
 from detbb.config.schema import Config
 from detbb.core.errors import UserError
 from detbb.data.sample import SampleReader
@@ -21,6 +20,7 @@ from detbb.detector import Detector
 from detbb.distributed.collectives import raise_on_all_ranks
 from detbb.feature_cache.cache import DTYPES, FeatureCache, Plan, Store, folder_name, open_folder
 from detbb.feature_cache.frozen_prefix import FrozenPrefix, last_frozen
+from detbb.freeze import digests
 from detbb.heads import find_head
 from detbb.modeling.neck import Fpn
 from detbb.structures.batch import BATCH_STRIDE
@@ -196,7 +196,7 @@ def _about(config: Config, detector: Detector, source: str, plan: Plan, reader: 
         listed.update(np.ascontiguousarray(array).data)
     about = {
         "format": 1,
-        "frozen": _hash(freeze.digests(state, names)),
+        "frozen": _hash(digests(state, names)),
         "modules": _hash([repr(part) for part in parts.values()]),
         "input": [detector.pixel_mean.flatten().tolist(), detector.pixel_std.flatten().tolist(), plan.hw],
         "after": last,

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from detbb import freeze
 from detbb.config.phases import Phase
 from detbb.core.errors import UserError
 from detbb.core.files import write_atomically
 from detbb.core.schema import find_error
 from detbb.detector import Detector
+from detbb.freeze import frozen_names, parts, resolve, tensors_of
 from detbb.modeling.norm import has_running_stats, norm_modules
 
 
@@ -43,10 +43,10 @@ def rows(detector: Detector, optimizer: torch.optim.Optimizer, *, lr: float, ave
     groups = {name: group for group in optimizer.param_groups for name in group["names"]}
     held = set(averaged)
     found = []
-    for part in freeze.parts(detector):
+    for part in parts(detector):
         if part == "backbone":
             continue
-        modules = freeze.resolve(detector, part)
+        modules = resolve(detector, part)
         named = [(f"{prefix}.{n}", p) for prefix, m in modules for n, p in m.named_parameters()]
         norms = [norm for _, m in modules for _, norm in norm_modules(m)]
         in_groups = [groups[n] for n, _ in named if n in groups]
@@ -69,16 +69,16 @@ def rows(detector: Detector, optimizer: torch.optim.Optimizer, *, lr: float, ave
 def findings(detector: Detector, phase: Phase) -> list[str]:
     """What in the freeze list cannot be meant: names that add nothing."""
     lines = []
-    tensors = {name: _tensors(detector, name) for name in phase.freeze}
+    tensors = {name: tensors_of(detector, name) for name in phase.freeze}
     for index, name in enumerate(phase.freeze):
         others = set().union(*(tensors[n] for i, n in enumerate(phase.freeze) if i != index and n != name))
         if not tensors[name]:
             lines.append(f"freeze {name}: holds no parameter and no buffer, so freezing it does nothing")
         elif tensors[name] <= others or name in phase.freeze[:index]:
             lines.append(f"freeze {name}: matches nothing new, the other names cover it")
-    frozen = set(freeze.frozen_names(detector))
-    rest = [f"heads.{name}" for name in detector.heads if _tensors(detector, f"heads.{name}") <= frozen]
-    moving = [part for part in ("backbone", "neck") if not _tensors(detector, part) <= frozen]
+    frozen = set(frozen_names(detector))
+    rest = [f"heads.{name}" for name in detector.heads if tensors_of(detector, f"heads.{name}") <= frozen]
+    moving = [part for part in ("backbone", "neck") if not tensors_of(detector, part) <= frozen]
     if rest and moving:
         lines.append(
             f"{', '.join(rest)}: frozen while {' and '.join(moving)} is trained, so its predictions may change"
@@ -164,29 +164,25 @@ class FreezeJournal:
     def unchanged(self, detector: Detector) -> list[str]:
         """A line on the tensors that have one and the same digest since the start, and since each later step."""
         since: dict[str, int] = self._entries[-1]["since"] if self._entries else {}
-        parts = {p: _tensors(detector, p) for p in freeze.parts(detector) if not p.startswith("backbone.")}
+        tensors = {p: tensors_of(detector, p) for p in parts(detector) if not p.startswith("backbone.")}
         lines = []
         for step in sorted(set(since.values())):
             same, begin = {n for n, first in since.items() if first == step}, f"step {step}" if step else "the start"
             found = [
                 f"{part} ({'all' if names <= same else f'{len(names & same)} of'} {len(names)} tensors)"
-                for part, names in parts.items()
+                for part, names in tensors.items()
                 if names & same
             ]
             lines.append(f"unchanged to the bit since {begin} (SHA-256, freeze.json): {', '.join(found)}")
-            whole = [part for part, names in parts.items() if names <= same]
+            whole = [part for part, names in tensors.items() if names <= same]
             heads = [part.removeprefix("heads.") for part in whole if part.startswith("heads.")]
-            if heads and all(part in whole for part in parts if not part.startswith("heads.")):
+            if heads and all(part in whole for part in tensors if not part.startswith("heads.")):
                 lines[-1] += f"; so what it was at {begin}, in every prediction: {', '.join(heads)}"
         return lines
 
     def _write(self) -> None:
         text = json.dumps({"phases": self._entries}, indent=1, ensure_ascii=False)
         write_atomically(self._path, lambda file: file.write(text.encode()))
-
-
-def _tensors(detector: Detector, name: str) -> set[str]:
-    return {f"{prefix}.{n}" for prefix, m in freeze.resolve(detector, name) for n in m.state_dict()}
 
 
 def _moves(norm: torch.nn.Module) -> bool:

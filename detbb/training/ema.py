@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from detbb.config.schema import EmaConfig
+from detbb.detector import Detector
 from detbb.freeze import averaged_names
-
-if TYPE_CHECKING:
-    from detbb.detector import Detector
 
 
 class Ema:

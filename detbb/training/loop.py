@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from detbb import freeze
 from detbb.checkpoint.folder import CheckpointFolder
 from detbb.config.phases import Phase, phase_at, plan_phases
 from detbb.config.schema import Config
@@ -24,6 +23,7 @@ from detbb.distributed.processes import processes, wrap
 from detbb.feature_cache import setup as cache_setup
 from detbb.feature_cache.cache import FeatureCache
 from detbb.feature_cache.frozen_prefix import FrozenPrefix, compiled, last_frozen
+from detbb.freeze import digests
 from detbb.report import freeze_report as report
 from detbb.report.log import RunLog, summary_table
 from detbb.report.writers import find_writers, read_evaluations
@@ -74,13 +74,12 @@ def prepare(config: Config, resume: str | None, device: torch.device, stop: Stop
     detector, lines, random = setup.start_detector(config, start, train_data)
     phases = plan_phases(config, setup.total_steps(config, train_data))
     for index, phase in enumerate(phases):  # a misspelt name in a late phase is an error now, not then
-        learning = detector.freeze(phase.freeze).active_heads()
+        learning = detector.active_heads(frozen=phase.freeze)
         phases[index] = replace(phase, sources=tuple(dict.fromkeys(detector.sources[name] for name in learning)))
         if not learning:
             names = ", ".join(phase.freeze)
             raise UserError(f"freeze: phase {phase.index} freezes everything ({names}); nothing would learn")
-    for name in config.optimizer.lr_mult:
-        freeze.resolve(detector, name, key="optimizer.lr_mult")
+    optim.lr_by_name(detector, config.optimizer.lr_mult)  # refuses unknown names
     lines += setup.repairs(train_data, val_data)
     cache_setup.check(config, detector, phases, train_data)
     lines += setup.refuse_random(config, phases, detector, random)
@@ -181,7 +180,7 @@ def start_phase(run: Run, phase: Phase) -> None:
     detector.compiled = (
         compiled(detector.forward_from, "what is trained", run.log.info) if config.train.compile else None
     )
-    run.digests = freeze.digests(detector.state_dict(), freeze.frozen_names(detector))
+    run.digests = digests(detector)
     lr = config.optimizer.lr * optim.lr_factor(phase.start, config.schedule, run.steps)
     rows = report.rows(detector, learner.optimizer, lr=lr, averaged=list(learner.ema.tensors) if learner.ema else [])
     notes = report.findings(detector, phase)

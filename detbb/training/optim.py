@@ -5,18 +5,15 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detbb.config.schema import OptimizerConfig, ScheduleConfig
 from detbb.core.errors import UserError
-from detbb.modeling.backbones.resnet import STEM
+from detbb.freeze import tensors_of
 from detbb.modeling.norm import is_norm
-
-if TYPE_CHECKING:
-    from detbb.detector import Detector
 
 
 def lr_factor(step: int, schedule: ScheduleConfig, total_steps: int) -> float:
@@ -34,13 +31,15 @@ def lr_factor(step: int, schedule: ScheduleConfig, total_steps: int) -> float:
     return warm
 
 
-def lr_multiplier(name: str, lr_mult: Mapping[str, float]) -> float:
-    """The factor of the longest submodule name in `lr_mult` that holds parameter `name`."""
-    spelled = [name]
-    if name.startswith(tuple(f"backbone.{module}." for module in STEM)):
-        spelled.append(name.replace("backbone.", "backbone.stem.", 1))
-    matches = [key for key in lr_mult if any(s == key or s.startswith(key + ".") for s in spelled)]
-    return lr_mult[max(matches, key=len)] if matches else 1.0
+def lr_by_name(detector: nn.Module, lr_mult: Mapping[str, float]) -> dict[str, float]:
+    """Each parameter's factor: that of the longest submodule name in `lr_mult` that holds it, or 1.
+
+    Raises: UserError: a name is not a submodule.
+    """
+    factors = dict.fromkeys(dict(detector.named_parameters()), 1.0)
+    for key in sorted(lr_mult, key=len):
+        factors |= dict.fromkeys(tensors_of(detector, key, key="optimizer.lr_mult") & factors.keys(), lr_mult[key])
+    return factors
 
 
 def decay_by_name(detector: nn.Module, config: OptimizerConfig) -> dict[str, float]:
@@ -53,13 +52,13 @@ def decay_by_name(detector: nn.Module, config: OptimizerConfig) -> dict[str, flo
     return decays
 
 
-def build_optimizer(detector: Detector, config: OptimizerConfig, *, fused: bool = True) -> torch.optim.Optimizer:
+def build_optimizer(detector: nn.Module, config: OptimizerConfig, *, fused: bool = True) -> torch.optim.Optimizer:
     """An optimizer over the trained parameters alone; groups carry `names`, `lr_mult` and `weight_decay`."""
-    decays = decay_by_name(detector, config)
+    decays, factors = decay_by_name(detector, config), lr_by_name(detector, config.lr_mult)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
-            key = (lr_multiplier(name, config.lr_mult), decays[name])
+            key = (factors[name], decays[name])
             group = groups.setdefault(key, {"params": [], "names": [], "lr_mult": key[0], "weight_decay": key[1]})
             group["params"].append(parameter)
             group["names"].append(name)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detbb import freeze
 from detbb.checkpoint import content as checkpoints
 from detbb.checkpoint.folder import CheckpointFolder
 from detbb.config.loading import config_to_dict, save_config
@@ -16,6 +15,7 @@ from detbb.core.files import check_folder, remove_leftovers, writing
 from detbb.core.folder_lock import FolderLock
 from detbb.detector import Detector
 from detbb.distributed.collectives import all_gather_objects, raise_on_all_ranks, rank
+from detbb.freeze import changed
 from detbb.structures.annotations import Annotations
 from detbb.structures.class_list import ClassList
 from detbb.training import optim
@@ -130,8 +130,8 @@ def check(
         length = f"train.steps: {steps}" if epochs is None else f"train.epochs: {epochs:g} ({steps} steps)"
         raise UserError(f"{length}, but the checkpoint is of step {step}; valid is {step} or more")
     optim.check_state(detector, checkpoint["optimizer"]["state"])
-    if changed := freeze.changed(detector, checkpoint["frozen"]["digests"]):
-        raise UserError(f"--resume: the checkpoint contradicts its own digests: {', '.join(changed[:5])}")
+    if names := changed(detector, checkpoint["frozen"]["digests"]):
+        raise UserError(f"--resume: the checkpoint contradicts its own digests: {', '.join(names[:5])}")
     lines = []
     data = checkpoint["data"]
     order = {f"data.{n}.train": (data["images"].get(n), len(a)) for n, a in train.items()}

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from detbb import freeze
 from detbb.checkpoint.content import FORMAT_VERSION, frozen_entry, versions
 from detbb.checkpoint.folder import CheckpointFolder
 from detbb.config.loading import config_to_dict
@@ -18,6 +17,7 @@ from detbb.core.errors import Stopped, unknown_name
 from detbb.detector import view
 from detbb.distributed.collectives import all_gather_objects, raise_on_all_ranks, rank, world_size
 from detbb.feature_cache.cache import FeatureCache
+from detbb.freeze import FrozenTensorChanged, averaged_names, changed, explain, frozen_in_train_mode
 from detbb.inference.evaluate import evaluate_detector
 from detbb.report import freeze_report as report
 from detbb.report.log import RunLog
@@ -99,14 +99,14 @@ def verify(run: Run) -> None:
     """
     detector = run.learner.detector
     fault = ""
-    if changed := freeze.changed(detector, run.digests):
-        fault = freeze.explain(detector, changed)
-    elif norms := freeze.frozen_in_train_mode(detector):
+    if names := changed(detector, run.digests):
+        fault = explain(detector, names)
+    elif norms := frozen_in_train_mode(detector):
         fault = f"frozen but awake: {', '.join(norms[:5])} is in train mode: something called .train() on it"
     found = [(r, text) for r, text in enumerate(all_gather_objects(fault)) if text]
     if found:
         where = "" if world_size() == 1 else f"rank {found[0][0]}: "
-        raise freeze.FrozenTensorChanged(f"step {run.step}: {where}{found[0][1]}")
+        raise FrozenTensorChanged(f"step {run.step}: {where}{found[0][1]}")
     if rank() == 0:
         run.journal.verified(run.step)
 
@@ -129,7 +129,7 @@ def refuse_nonfinite(run: Run) -> None:
     """Raise NonFinite if a trained weight, statistic or average is not finite: finite gradients can overflow one."""
     state = run.learner.detector.state_dict()
     averages = run.learner.ema.tensors if run.learner.ema is not None else {}
-    tensors = [(name, state[name]) for name in freeze.averaged_names(run.learner.detector)]
+    tensors = [(name, state[name]) for name in averaged_names(run.learner.detector)]
     tensors += [(f"ema of {name}", tensor) for name, tensor in averages.items()]
     if broken := [name for name, tensor in tensors if not tensor.isfinite().all()]:
         raise NonFinite(

@@ -9,7 +9,6 @@ from typing import NoReturn
 
 import torch
 
-from detbb import freeze
 from detbb.checkpoint import content as checkpoints
 from detbb.config.checks import check_schedule
 from detbb.config.phases import Phase
@@ -19,6 +18,7 @@ from detbb.data.doctor.examine import examine
 from detbb.data.loader import train_loader
 from detbb.detector import Detector, build_detector
 from detbb.distributed.collectives import raise_on_all_ranks, rank, world_size
+from detbb.freeze import resolve
 from detbb.heads import find_head
 from detbb.modeling.norm import FrozenBatchNorm2d, SyncBatchNorm
 from detbb.modeling.weights import load_backbone_weights
@@ -144,7 +144,7 @@ def refuse_random(config: Config, phases: list[Phase], detector: Detector, rando
     warnings = []
     for name in dict.fromkeys(n for phase in phases for n in phase.freeze):
         part = ".".join(name.split(".")[:2]) if name.startswith("heads.") else name.split(".")[0]
-        tensors = [f"{prefix}.{n}" for prefix, m in freeze.resolve(detector, name) for n, _ in m.named_parameters()]
+        tensors = [f"{prefix}.{n}" for prefix, m in resolve(detector, name) for n, _ in m.named_parameters()]
         if allowed.get(part, False) or not random.intersection(tensors):
             continue
         if all(_covers(phase.freeze, name) for phase in phases):

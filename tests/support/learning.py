@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detbb import freeze
 from detbb.config.schema import Config
 from detbb.detector import Detector, build_detector
 from detbb.distributed.collectives import rank, world_size
 from detbb.distributed.processes import wrap
+from detbb.freeze import digest
 from detbb.heads import find_head
 from detbb.structures.batch import Batch, ImageSize, Target
 from detbb.training import optim
@@ -96,4 +96,4 @@ def copy_state(detector: Detector) -> dict[str, Tensor]:
 def bits_differ(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     """Names whose bytes differ (-0.0 and +0.0 do, NaNs of the same bits do not)."""
     assert set(before) == set(after)
-    return {name for name in before if freeze.digest(before[name]) != freeze.digest(after[name])}
+    return {name for name in before if digest(before[name]) != digest(after[name])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torchvision
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ ARCHS = tuple(
     for name in torchvision.models.list_models(torchvision.models)
     if name.startswith(("resnet", "resnext", "wide_resnet"))
 )
-STEM = ("conv1", "bn1")  # what the name `backbone.stem` stands for
+STEM = ("conv1", "bn1", "relu", "maxpool")
 STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 
 
@@ -25,8 +26,11 @@ class Backbone(nn.Module):
     """A ResNet up to the last stage that is used; its state-dict keys are torchvision's own.
 
     arch: torchvision's name. out: the stages that `forward` returns, finest first. channels, strides: of each of them.
-    stages: what runs, in order; `stem` is conv1, bn1, relu and maxpool, the others are submodules.
+    stages: what runs, in order; `stem` is conv1, bn1, relu and maxpool, the others are submodules. aliases: names for
+    several submodules, as `freeze` takes them.
     """
+
+    aliases: ClassVar = {"stem": ("conv1", "bn1")}
 
     def __init__(self, resnet: nn.Module, arch: str, out: Sequence[str]) -> None:
         super().__init__()
@@ -39,7 +43,7 @@ class Backbone(nn.Module):
         self.out = tuple(name for name in STRIDES if name in out)
         layers = tuple(STRIDES)[: tuple(STRIDES).index(self.out[-1]) + 1]
         self.stages = ("stem", *layers)
-        for name in (*STEM, "relu", "maxpool", *layers):
+        for name in (*STEM, *layers):
             self.add_module(name, resnet.get_submodule(name))
         self.channels = {name: _out_channels(self.get_submodule(name)) for name in self.out}
         self.strides = {name: STRIDES[name] for name in self.out}
@@ -65,7 +69,7 @@ class Backbone(nn.Module):
 
     def stage_modules(self, stage: str) -> list[nn.Module]:
         """What runs as one of `stages`, in order."""
-        names = (*STEM, "relu", "maxpool") if stage == "stem" else (stage,)
+        names = STEM if stage == "stem" else (stage,)
         return [self.get_submodule(name) for name in names]
 
 
