@@ -35,17 +35,23 @@ def test_boxes_are_where_they_belong_and_only_above_the_threshold() -> None:
     assert has_colour(draw_predictions(GRAY, predictions, CLASSES, threshold=0.3), 1).any()
 
 
+def test_a_picture_without_an_object_says_what_came_closest() -> None:
+    below = draw_predictions(GRAY, objects([100, 200, 300, 400], scores=[0.4998]), CLASSES, threshold=0.5)
+    assert (below[:40] != GRAY[:40]).any() and (below[40:] == GRAY[40:]).all()
+
+
 def test_ground_truth_needs_no_scores() -> None:
     assert has_colour(draw_predictions(GRAY, objects([100, 200, 300, 400]), CLASSES), 0).any()
 
 
-def test_small_images_are_enlarged_and_large_ones_shrunk() -> None:
+def test_small_images_are_enlarged_and_any_fills_what_it_is_to_fit() -> None:
     predictions = objects([10, 10, 50, 30], scores=[0.9])
     small = draw_predictions(GRAY[:50, :60], predictions, CLASSES)
     assert small.shape == (200, 240, 3)
     columns = np.nonzero(has_colour(small, 0)[60:])[1]
     assert (columns.min(), columns.max()) == (40, 200)
-    assert draw_predictions(GRAY, predictions, CLASSES, longest_side=300).shape == (250, 300, 3)
+    assert draw_predictions(GRAY, predictions, CLASSES, fit=(250, 900)).shape == (250, 300, 3)
+    assert draw_predictions(GRAY[:50, :60], predictions, CLASSES, fit=(250, 900)).shape == (250, 300, 3)
 
 
 def test_masks_colour_their_pixels_in_both_forms() -> None:
@@ -100,14 +106,14 @@ def test_nothing_predicted_gives_the_image_itself() -> None:
     assert (draw_predictions(GRAY, none, CLASSES) == GRAY).all()
 
 
-def test_grid_puts_ground_truth_left_of_its_prediction() -> None:
-    left, right = np.full((40, 60, 3), 10, np.uint8), np.full((40, 60, 3), 250, np.uint8)
+def test_grid_puts_ground_truth_left_of_its_prediction_in_full_rows() -> None:
+    left, right = np.full((40, 300, 3), 10, np.uint8), np.full((40, 300, 3), 250, np.uint8)
     right[..., 0] = 0
-    for count in (1, 5):
-        grid = samples_grid([(f"{i}.jpg", left, right) for i in range(count)], "objects")
-        where_left, where_right = (grid == 10).all(-1), (grid == right[0, 0]).all(-1)
-        assert where_left.sum() >= count * 2400 and where_right.sum() >= count * 2400
-        assert np.nonzero(where_left)[1].min() < np.nonzero(where_right)[1].min()
+    grid = samples_grid([(f"{i}.jpg", left, right) for i in range(5)], "objects")
+    where_left, where_right = (grid[44:] == 10).all(-1), (grid[44:] == right[0, 0]).all(-1)
+    assert where_left.sum() >= 5 * 12000 and where_right.sum() >= 5 * 12000
+    assert np.nonzero(where_left)[1].min() < np.nonzero(where_right)[1].min()
+    assert np.count_nonzero(np.diff(where_left.sum(1) > 0, prepend=False)) == 4  # two rows begin and end
 
 
 def test_curves_have_a_panel_for_each_kind() -> None:
@@ -116,3 +122,11 @@ def test_curves_have_a_panel_for_each_kind() -> None:
     one = pr_curves(curves, "objects")
     curves["precision"]["segm/cell"] = 1 - recall
     assert pr_curves(curves, "objects").shape[1] > 1.8 * one.shape[1] and one.std() > 10
+
+
+def test_curve_of_one_class_is_drawn_once() -> None:
+    recall, colour = np.linspace(0, 1, 101), np.array(class_colour(0))
+    mean = {"bbox/all classes, IoU 0.50": 1 - recall}
+    for others, drawn in (({"bbox/cell": 1 - recall}, False), ({"bbox/cell": recall, "bbox/disc": recall}, True)):
+        picture = pr_curves({"recall": recall, "precision": mean | others}, "objects")
+        assert (np.abs(picture.astype(int) - colour).max(-1) < 30).any() == drawn

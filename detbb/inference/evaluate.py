@@ -41,7 +41,7 @@ from detbb.structures.annotations import Annotations
 from detbb.structures.class_list import ClassList
 from detbb.structures.predictions import Predictions
 
-SAMPLE_SIDE = 480  # longest side of a picture in samples.png
+SAMPLE_HW = (320, 570)  # what a picture in samples.png fills
 
 
 def evaluate_detector(
@@ -80,7 +80,8 @@ def evaluate_detector(
                 write_json(output_dir / name / "results.json", results)
                 write_json(output_dir / name / "metrics.json", {"weights": weights, **own})
                 branch.samples = sorted((s for _, samples in shares for s in samples), key=lambda s: s[0])
-                branch.write_pictures(output_dir / name, f"{name}, {weights} weights")
+                measured = "".join(f", {main} {own[main]:.1f}" for main in [branch.main_metric] if main in own)
+                branch.write_pictures(output_dir / name, f"{output_dir.name}, {name}, {weights} weights{measured}")
     return from_rank0(metrics)
 
 
@@ -104,7 +105,7 @@ class _Branch:
     def __init__(self, detector: Detector, name: str, annotations: Annotations, config: Config, draws: int) -> None:
         self.name, self.annotations = name, annotations
         head = cast(Head, detector.heads[name])
-        self._needs = head.needs
+        self._needs, self.main_metric = head.needs, head.main_metric
         self.evaluator = head.evaluator(annotations, engine=config.eval.engine)
         self._threshold: float = config.heads[name].threshold
         source = config.data[config.heads[name].data]
@@ -130,7 +131,7 @@ class _Branch:
         except BadImage:
             return
         truth = ground_truth(self.annotations, index, like=predictions)
-        draw = partial(plots.draw_predictions, threshold=self._threshold, longest_side=SAMPLE_SIDE)
+        draw = partial(plots.draw_predictions, threshold=self._threshold, fit=SAMPLE_HW)
         left, right = draw(image, truth, classes), draw(image, predictions, classes)
         self.samples.append((index, (self.annotations.file_names[index], left, right)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
 
 from detbb.metrics.evaluators import full_mask
 from detbb.structures.batch import ImageSize
@@ -48,64 +52,66 @@ def draw_predictions(
     classes: Sequence[str],
     *,
     threshold: float = 0.5,
-    longest_side: int | None = None,
+    fit: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """The image with boxes, masks, keypoints, labels, values, or a semantic overlay and legend: (H', W', 3) uint8 RGB.
 
     `image` is (H, W, 3) uint8 RGB and `predictions` are in its pixels, on the CPU; masks are probabilities in the
-    boxes, or (n, H, W) bool. Without scores (ground truth) everything is drawn, else what reaches `threshold`. Small
-    images are enlarged 2 to 4 times so that labels can be read; large ones shrink to `longest_side`, if it is given.
+    boxes, or (n, H, W) bool. Without scores (ground truth) everything is drawn, else what reaches `threshold`.
+    fit: (height, width) to fill; None: small images are enlarged 2 to 4 times, so that labels can be read.
     """
     height, width = image.shape[:2]
-    longest = max(height, width)
-    scale = float(min(4, -(-_SMALLEST_SIDE // longest)))
-    if longest_side is not None:
-        scale = min(scale, longest_side / longest)
+    if fit is None:
+        scale = float(min(4, -(-_SMALLEST_SIDE // max(height, width))))
+    else:
+        scale = min(fit[0] / height, fit[1] / width)
     hw = (max(1, round(height * scale)), max(1, round(width * scale)))
     canvas = Image.fromarray(image)
     if scale != 1:
         canvas = canvas.resize(hw[::-1], Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
-    shown = Predictions(predictions.boxes, predictions.scores, predictions.labels, keypoints=predictions.keypoints)
-    shown = shown.to_original(ImageSize((height, width), hw))
-    shown.masks = predictions.masks
+    pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1)  # (3, H', W')
     if predictions.semantic is not None:
-        return _with_legend(canvas, predictions.semantic.numpy(), classes)
-    said = predictions.probabilities if predictions.values is None else predictions.values
-    if said is not None:
-        return _with_image_labels(canvas, said.numpy(), classes, threshold)
-    return _with_objects(canvas, shown, classes, threshold)
+        return _with_legend(pixels, _resized(predictions.semantic.numpy(), hw), classes)
+    numbers = predictions.probabilities if predictions.values is None else predictions.values
+    if numbers is not None:
+        return _with_image_labels(canvas, numbers.numpy(), classes, threshold)
+    shown = replace(predictions, semantic=None).to_original(ImageSize((height, width), hw))
+    return _with_objects(pixels, shown, classes, threshold)
 
 
-def _with_objects(canvas: Image.Image, shown: Predictions, classes: Sequence[str], threshold: float) -> np.ndarray:
+def _with_objects(pixels: Tensor, shown: Predictions, classes: Sequence[str], threshold: float) -> np.ndarray:
     """Least certain objects first, so that the best lie on top; masks below all boxes."""
     assert shown.boxes is not None and shown.labels is not None
-    unit = max(canvas.size) / 1000
-    line, font = max(2, round(3 * unit)), _font(max(11, round(17 * unit)))
-    hw = (canvas.height, canvas.width)
-    count = len(shown.boxes)
-    kept = [i for i in range(count) if shown.scores is None or shown.scores[i] >= threshold]
-    kept = sorted(kept, key=lambda i: float(shown.scores[i]) if shown.scores is not None else 0.0)
-    if shown.masks is not None:
-        pixels = np.asarray(canvas).astype(np.float32)
-        for i in kept:
-            whole = shown.masks.dtype == torch.bool
-            mask = _resized(shown.masks[i].numpy(), hw) if whole else full_mask(shown.masks[i], shown.boxes[i], hw)
-            pixels[mask] = 0.55 * pixels[mask] + 0.45 * np.array(class_colour(int(shown.labels[i])))
-        canvas = Image.fromarray(pixels.round().astype(np.uint8))
-    draw = ImageDraw.Draw(canvas)
-    for i in kept:
-        x1, y1, x2, y2 = shown.boxes[i].tolist()
-        x2, y2 = max(x1, x2), max(y1, y2)
-        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=line + 2)  # seen on any background
-        draw.rectangle((x1, y1, x2, y2), outline=class_colour(int(shown.labels[i])), width=line)
-        if shown.keypoints is not None:
-            _draw_keypoints(draw, shown.keypoints[i].numpy(), line)
-    tags = []
-    for i in reversed(kept):
-        label = int(shown.labels[i])
-        text = classes[label] if shown.scores is None else f"{classes[label]} {shown.scores[i]:.2f}"
-        tags.append((shown.boxes[i].tolist(), text, class_colour(label)))
-    _draw_tags(draw, tags, font)
+    hw, scores, masks = (pixels.shape[1], pixels.shape[2]), shown.scores, shown.masks
+    line, font = max(2, round(0.003 * max(hw))), _font(max(11, round(0.017 * max(hw))))
+    if scores is None:
+        kept = torch.arange(len(shown.boxes))
+    else:
+        order = scores.argsort(stable=True)
+        kept = order[scores[order] >= threshold]
+    boxes, labels = shown.boxes[kept], shown.labels[kept].tolist()
+    boxes[:, 2:] = boxes[:, 2:].maximum(boxes[:, :2])
+    colours = [class_colour(label) for label in labels]
+    if masks is not None:
+        for row, colour in zip(kept.tolist(), colours, strict=True):
+            whole = masks.dtype == torch.bool
+            mask = _resized(masks[row].numpy(), hw) if whole else full_mask(masks[row], shown.boxes[row], hw)
+            pixels = draw_segmentation_masks(pixels, torch.from_numpy(mask), alpha=0.45, colors=colour)
+    if len(kept):
+        rim = boxes + boxes.new_tensor([-1, -1, 1, 1])  # seen on any background
+        pixels = draw_bounding_boxes(pixels, rim, colors="black", width=line + 2)
+        pixels = draw_bounding_boxes(pixels, boxes, colors=colours, width=line)
+    if shown.keypoints is not None:
+        for points, colour in zip(shown.keypoints[kept].split(1), colours, strict=True):
+            pixels = _with_keypoints(pixels, points, colour, line)
+    canvas = to_pil_image(pixels)
+    texts = [classes[label] for label in labels]
+    if scores is not None:
+        texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores[kept].tolist(), strict=True)]
+    tags = list(zip(boxes.tolist(), texts, colours, strict=True))[::-1]
+    if scores is not None and len(scores) > len(kept) == 0:
+        tags = [([4.0] * 4, f"none ≥ {threshold:g} (best {scores.max():.4f})", (90, 90, 90))]
+    _draw_tags(ImageDraw.Draw(canvas), tags, font)
     return np.asarray(canvas)
 
 
@@ -128,47 +134,37 @@ def _draw_tags(draw: ImageDraw.ImageDraw, tags: Sequence[tuple[list[float], str,
                 break
 
 
-def _draw_keypoints(draw: ImageDraw.ImageDraw, points: np.ndarray, line: int) -> None:
-    """Dots with a rim, and COCO's skeleton for its 17 points; a point with a third value of 0 or less is absent."""
-    if len(points) == 17:
-        for a, b in _SKELETON:
-            if points[a, 2] > 0 and points[b, 2] > 0:
-                draw.line([*points[a, :2], *points[b, :2]], fill=(255, 255, 255), width=line)
-    radius = line * 1.4
-    for number, (x, y, visible) in enumerate(points.tolist()):
-        if visible > 0:
-            box = (x - radius, y - radius, x + radius, y + radius)
-            draw.ellipse(box, fill=class_colour(number), outline="white", width=max(1, line // 2))
+def _with_keypoints(pixels: Tensor, points: Tensor, colour: Colour, line: int) -> Tensor:
+    """(1, K, 3) points as dots with a white rim, and COCO's skeleton for its 17; a third value of 0 or less: absent."""
+    skeleton = list(_SKELETON) if points.shape[1] == 17 else None
+    places, seen = points[..., :2], points[..., 2] > 0
+    pixels = draw_keypoints(pixels, places, skeleton, "white", radius=2 * line, width=line, visibility=seen)
+    return draw_keypoints(pixels, places, colors=colour, radius=round(1.4 * line), visibility=seen)
 
 
-def _with_legend(canvas: Image.Image, semantic: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+def _with_legend(pixels: Tensor, labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     """The overlay, and below it a legend of the classes that are there, largest first; 255 stays uncovered."""
-    pixels = np.asarray(canvas).astype(np.float32)
-    labels = _resized(semantic, (canvas.height, canvas.width))
     present, counts = np.unique(labels[labels < len(classes)], return_counts=True)
-    present = present[np.argsort(-counts, kind="stable")]
+    present = present[np.argsort(-counts, kind="stable")].tolist()
     for label in present:
-        where = labels == label
-        pixels[where] = 0.45 * pixels[where] + 0.55 * np.array(class_colour(int(label)))
-    overlay = Image.fromarray(pixels.round().astype(np.uint8))
-    font = _font(max(12, round(max(canvas.size) / 45)))
+        mask = torch.from_numpy(labels == label)
+        pixels = draw_segmentation_masks(pixels, mask, alpha=0.55, colors=class_colour(label))
+    overlay = to_pil_image(pixels)
+    font = _font(max(12, round(max(overlay.size) / 45)))
     row, gap = round(font.size * 1.6), round(font.size / 2)
-    x, y = 0.0, 0
-    places = []
+    places, x, y = [], 0.0, 0
     for label in present:
-        text = classes[label]
-        width = row + font.getlength(text) + gap
-        if x > 0 and x + width > canvas.width:
+        width = row + font.getlength(classes[label]) + gap
+        if x > 0 and x + width > overlay.width:
             x, y = 0.0, y + row
-        places.append((x + gap / 2, y, int(label), text))
+        places.append((x + gap / 2, overlay.height + gap / 2 + y, label))
         x += width
-    page = Image.new("RGB", (canvas.width, canvas.height + y + row + gap), "white")
+    page = Image.new("RGB", (overlay.width, overlay.height + y + row + gap), "white")
     page.paste(overlay, (0, 0))
     draw = ImageDraw.Draw(page)
-    for x, y, label, text in places:
-        top = canvas.height + gap / 2 + y
+    for x, top, label in places:
         draw.rectangle((x, top + row * 0.2, x + row * 0.6, top + row * 0.8), fill=class_colour(label))
-        draw.text((x + row * 0.8, top + row / 2), text, fill="black", font=font, anchor="lm")
+        draw.text((x + row * 0.8, top + row / 2), classes[label], fill="black", font=font, anchor="lm")
     return np.asarray(page)
 
 
@@ -197,30 +193,28 @@ def _resized(labels: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
 
 
 def samples_grid(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], title: str) -> np.ndarray:
-    """Rows of ground truth (left) and prediction (right), two rows' worth side by side: (H, W, 3) uint8 RGB.
+    """Pairs of ground truth (left) and prediction (right) in rows that are filled like lines of text: (H, W, 3) uint8.
 
-    pairs: caption, and the two pictures.
+    pairs: caption, and the two pictures; pictures of one height leave no holes.
     """
-    gap, head, caption = 12, 44, 30
-    columns = 2 if len(pairs) > 3 else 1
-    half = max(max(a.shape[1], b.shape[1]) for _, a, b in pairs)
-    rows = [pairs[i : i + columns] for i in range(0, len(pairs), columns)]
-    heights = [max(max(a.shape[0], b.shape[0]) for _, a, b in row) + caption for row in rows]
-    cell = 2 * half + gap
-    page = Image.new("RGB", (columns * (cell + 2 * gap), head + sum(heights) + gap * len(rows)), "white")
+    gap, head, caption, room = 12, 44, 30, 2000
+    places, x, y, height = [], gap, head, 0
+    for name, truth, predicted in pairs:
+        width = truth.shape[1] + gap + predicted.shape[1]
+        if x > gap and x + width + gap > room:
+            x, y, height = gap, y + height + gap, 0
+        places.append((x, y, f"ground truth · {name}", truth))
+        places.append((x + truth.shape[1] + gap, y, "prediction", predicted))
+        x, height = x + width + 2 * gap, max(height, caption + max(truth.shape[0], predicted.shape[0]))
+    right = max(x + picture.shape[1] for x, _, _, picture in places) + gap
+    page = Image.new("RGB", (right, y + height + gap), "white")
     draw = ImageDraw.Draw(page)
     draw.text((gap, head / 2), title, fill="black", font=_font(22), anchor="lm")
-    y = head
-    for row, height in zip(rows, heights, strict=True):
-        for column, (name, truth, predicted) in enumerate(row):
-            x = gap + column * (cell + 2 * gap)
-            for offset, text, picture in ((0, "ground truth", truth), (half + gap, "prediction", predicted)):
-                text = f"{text} · {name}" if offset == 0 else text
-                while len(text) > 14 and _font(14).getlength(text) > half:
-                    text = text[:-2] + "…"
-                draw.text((x + offset, y + caption / 2), text, fill=(70, 70, 70), font=_font(14), anchor="lm")
-                page.paste(Image.fromarray(picture), (x + offset, y + caption))
-        y += height + gap
+    for x, y, text, picture in places:
+        while len(text) > 14 and _font(14).getlength(text) > picture.shape[1]:
+            text = text[:-2] + "…"
+        draw.text((x, y + caption / 2), text, fill=(70, 70, 70), font=_font(14), anchor="lm")
+        page.paste(Image.fromarray(picture), (x, y + caption))
     return np.asarray(page)
 
 
@@ -233,24 +227,26 @@ def pr_curves(curves: dict[str, Any], title: str) -> np.ndarray:
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(name.split("/", 1)[0] for name in curves["precision"]))
-    figure = Figure(figsize=(8.2 * len(kinds), 5.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(6.6 * len(kinds), 5.6), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=14)
     for axes, kind in zip(np.ravel(figure.subplots(1, len(kinds), squeeze=False)), kinds, strict=True):
         lines = {n.split("/", 1)[1]: p for n, p in curves["precision"].items() if n.split("/", 1)[0] == kind}
         means = [name for name in lines if name.startswith("all classes, ")]
         single = [name for name in lines if name not in means]
-        for label, name in enumerate(single):
-            colour = np.array(class_colour(label)) / 255
-            few = len(single) <= 12
-            style = {"lw": 1.4, "label": f"{name} ({lines[name].mean():.2f})"} if few else {"lw": 0.6, "alpha": 0.45}
-            axes.plot(curves["recall"], lines[name], color=colour, **style)
+        many = len(single) > 12
+        for label, name in enumerate(single if len(single) > 1 or not means else ()):  # the mean of one is itself
+            style = {"lw": 0.6, "alpha": 0.45} if many else {"lw": 1.4, "label": f"{name} ({lines[name].mean():.2f})"}
+            axes.plot(curves["recall"], lines[name], color=np.array(class_colour(label)) / 255, **style)
         for name, dashes in zip(means, ("-", "--"), strict=False):
-            axes.plot(curves["recall"], lines[name], "k", ls=dashes, lw=2.4, label=f"{name} ({lines[name].mean():.2f})")
+            shown = name if len(single) != 1 else name.replace("all classes", single[0])
+            axes.plot(
+                curves["recall"], lines[name], "k", ls=dashes, lw=2.4, label=f"{shown} ({lines[name].mean():.2f})"
+            )
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
-        measure = "OKS" if kind == "keypoints" else "IoU"
-        axes.set_title(f"{kind}: {len(single)} classes at {measure} 0.50 (mean precision)")
+        measure, count = "OKS" if kind == "keypoints" else "IoU", f"{len(single)} class{'es'[: 2 * (len(single) != 1)]}"
+        axes.set_title(f"{kind}: {count} at {measure} 0.50 (mean precision)")
         axes.grid(alpha=0.25)
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
+        axes.legend(loc="lower left", fontsize=9)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
