@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from detbb.config.schema import Config, EmaConfig
+from detbb.config.schema import Config
 from detbb.detector import build_detector
 from detbb.heads import find_head
 from detbb.training.ema import Ema
@@ -38,8 +38,7 @@ def compare(case: str, frozen: list[str], options: Any) -> list[dict[str, Any]]:
     config = Config()
     config.heads = {"objects": find_head("fcos").Config(type="fcos", data="made")}
     detector = build_detector(config, {"objects": [f"class {i}" for i in range(80)]}).freeze(frozen).train()
-    ours = Ema(EmaConfig(decay=DECAY))
-    ours.follow(detector)
+    ours = Ema(detector, decay=DECAY)
     timm = ModelEmaV3(detector, decay=DECAY, foreach=True)
     swa = AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
     swa.update_parameters(detector)  # the first call copies

@@ -9,38 +9,26 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detbb.checkpoint.content import load_detector
-    from detbb.data.formats import FORMATS
-    from detbb.detector import build_detector
-    from detbb.heads import HEADS, Head
-    from detbb.heads.loading import load_config
-    from detbb.inference.evaluate import evaluate
-    from detbb.inference.predict import predict
-    from detbb.modeling.backbones.resnet import build_resnet, build_resnet_c4
-    from detbb.modeling.norm import SyncBatchNorm
-    from detbb.report.writers import WRITERS, Writer
-    from detbb.training.ema import Ema
-    from detbb.training.loop import train
+    from detbb.checkpoint.content import load_detector as load_detector
+    from detbb.data.formats import FORMATS as FORMATS
+    from detbb.detector import build_detector as build_detector
+    from detbb.freeze import digests as digests
+    from detbb.freeze import freeze as freeze
+    from detbb.freeze import frozen_names as frozen_names
+    from detbb.heads import HEADS as HEADS
+    from detbb.heads import Head as Head
+    from detbb.heads.loading import load_config as load_config
+    from detbb.inference.evaluate import evaluate as evaluate
+    from detbb.inference.predict import predict as predict
+    from detbb.modeling.backbones.resnet import build_resnet as build_resnet
+    from detbb.modeling.backbones.resnet import build_resnet_c4 as build_resnet_c4
+    from detbb.modeling.norm import SyncBatchNorm as SyncBatchNorm
+    from detbb.report.writers import WRITERS as WRITERS
+    from detbb.report.writers import Writer as Writer
+    from detbb.training.ema import Ema as Ema
+    from detbb.training.loop import train as train
 
 __version__ = "0.1.0"
-__all__ = [
-    "FORMATS",
-    "HEADS",
-    "WRITERS",
-    "Ema",
-    "Head",
-    "SyncBatchNorm",
-    "Writer",
-    "build_detector",
-    "build_resnet",
-    "build_resnet_c4",
-    "evaluate",
-    "load_config",
-    "load_detector",
-    "predict",
-    "train",
-]
-
 _MODULES = {
     "FORMATS": "data.formats",
     "HEADS": "heads",
@@ -52,30 +40,35 @@ _MODULES = {
     "build_detector": "detector",
     "build_resnet": "modeling.backbones.resnet",
     "build_resnet_c4": "modeling.backbones.resnet",
+    "digests": "freeze",
     "evaluate": "inference.evaluate",
+    "freeze": "freeze",
+    "frozen_names": "freeze",
     "load_config": "heads.loading",
     "load_detector": "checkpoint.content",
     "predict": "inference.predict",
     "train": "training.loop",
 }
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'detbb' has no attribute {name!r}")
+    globals()[name] = value = getattr(importlib.import_module(f"detbb.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
 
 
 class _Package(ModuleType):
-    """Three functions share their name with the module they are in; as attributes, the functions win."""
+    """Python sets the module detbb/freeze.py as `detbb.freeze` when it is imported; there, the function stays."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and _MODULES.get(name) == name):
+        if not (name == "freeze" and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _MODULES:
-            raise AttributeError(f"module 'detbb' has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"detbb.{_MODULES[name]}"), name)
-        super().__setattr__(name, value)
-        return value
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
 
 
 sys.modules[__name__].__class__ = _Package

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from learning import bits_differ, copy_state, learn, make_state, small_config, small_detector, switch
+from torch import nn
 
 from detbb.config.schema import EmaConfig
+from detbb.core.errors import UserError
 from detbb.detector import view
 from detbb.training.ema import Ema
 
@@ -34,8 +36,7 @@ def test_the_average_equals_a_float64_loop_over_the_weights_of_each_step():
 def test_ten_thousand_updates_leave_frozen_tensors_untouched_and_unstored():
     detector = small_detector(small_config()).freeze(["backbone", "neck"])
     before = copy_state(detector)
-    ema = Ema(EmaConfig(0.9999, 0))
-    ema.follow(detector)
+    ema = Ema(detector, decay=0.9999)
     for _ in range(10_000):
         ema.update()
     assert ema.updates == 10_000
@@ -90,8 +91,7 @@ def test_a_skipped_step_is_not_an_update(tmp_path):
 
 def test_averages_are_kept_in_fp32_at_least():
     detector = small_detector(small_config()).to(torch.bfloat16)
-    ema = Ema(EmaConfig(0.999, 0))
-    ema.follow(detector.freeze([]))
+    ema = Ema(detector.freeze([]), decay=0.999)
     assert {t.dtype for t in ema.tensors.values()} == {torch.float32}
 
 
@@ -105,8 +105,8 @@ def test_a_view_shares_all_memory_but_the_averages():
 
 @pytest.mark.parametrize("warmup", [0, 100])
 def test_the_decay_rises_to_its_value(warmup):
-    ema = Ema(EmaConfig(0.999, warmup))
-    decays = [ema.decay(u) for u in range(1, 2000)]
+    ema = Ema(nn.Linear(2, 2), decay=0.999, warmup_steps=warmup)
+    decays = [ema.decay_at(u) for u in range(1, 2000)]
     assert decays == sorted(decays) and decays[-1] == pytest.approx(0.999, abs=1e-6)
     assert (decays[0] == 0.999) is (warmup == 0)
 
@@ -119,9 +119,8 @@ def test_saved_and_loaded_the_average_goes_on_to_the_bit():
     half = make_state(config, small_detector(config), STEM)
     learn(half, 3)
     state = half.ema.state_dict()
-    again = Ema(config.ema)
+    again = Ema(half.detector, decay=0.95, warmup_steps=7)
     again.load_state_dict(state)
-    again.follow(half.detector)
     half.ema = again
     learn(half, 3, first=3)
     assert not bits_differ(whole.ema.tensors, half.ema.tensors) and whole.ema.updates == half.ema.updates
@@ -131,11 +130,31 @@ def test_a_loaded_average_goes_where_its_weights_are():
     """`meta` stands for a GPU: checkpoints are read onto the CPU."""
     config = small_config()
     saved = make_state(config, small_detector(config), []).ema.state_dict()
-    ema = Ema(config.ema)
+    detector = small_detector(config).freeze([])
+    ema = Ema(detector, decay=0.9)
+    detector.to("meta")
     ema.load_state_dict(saved)
-    detector = small_detector(config).to("meta").freeze([])
-    for tensors in (saved["tensors"], ema.tensors):
-        assert {t.device.type for t in view(detector, tensors).state_dict().values()} == {"meta"}
-    ema.follow(detector)
+    assert {t.device.type for t in view(detector, saved["tensors"]).state_dict().values()} == {"meta"}
     assert {t.device.type for t in ema.tensors.values()} == {"meta"} and set(ema.tensors) == set(saved["tensors"])
     ema.update()
+
+
+def test_the_average_follows_tensors_that_were_replaced_and_refuses_those_that_do_not_fit():
+    module = nn.BatchNorm2d(3)
+    ema = Ema(module, decay=0.5)
+    module.double()  # replaces every buffer
+    with torch.no_grad():
+        module.running_mean.fill_(4.0), module.weight.fill_(3.0)
+    ema.update()
+    assert ema.tensors["running_mean"].eq(2).all() and ema.tensors["weight"].eq(2).all()
+    for tensors in ({"scale": torch.ones(3)}, {"weight": torch.ones(2)}):
+        with pytest.raises(UserError, match="does not fit the module"):
+            ema.load_state_dict({"updates": 1, "tensors": tensors})
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"decay": 1.0}, {"decay": -0.1}, {"decay": math.nan}, {"decay": 0.9, "warmup_steps": -1}]
+)
+def test_a_decay_or_warmup_that_cannot_work_is_refused(arguments):
+    with pytest.raises(UserError, match=r"ema\.(decay|warmup_steps): \S+ is not valid; valid is"):
+        Ema(nn.Linear(1, 1), **arguments)

@@ -94,7 +94,9 @@ def prepare(config: Config, resume: str | None, device: torch.device, stop: Stop
         if rank() == 0:
             start.notes += resuming.claim_run_folder(config, start, checkpoint_folder, lock)
     detector.to(device)
-    ema = Ema(config.ema) if config.ema is not None else None
+    ema = None
+    if config.ema is not None:
+        ema = Ema(detector, decay=config.ema.decay, warmup_steps=config.ema.warmup_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     run = Run(
         config,
@@ -168,7 +170,7 @@ def start_phase(run: Run, phase: Phase) -> None:
     optim.load_state_by_name(learner.optimizer, run.optimizer_state)
     run.optimizer_state = optim.state_by_name(learner.optimizer)  # lets go of the tensors of before
     if learner.ema is not None:
-        learner.ema.follow(detector)
+        learner.ema.follow()
     learner.model = wrap(detector)
     if config.train.compile:
         torch._dynamo.reset()  # else what was compiled in earlier phases counts towards its limit

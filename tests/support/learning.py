@@ -65,7 +65,7 @@ def made_batch(step: int, *, images: int = 2, size: int = 64, boxes: int = 2, so
 
 def make_state(config: Config, detector: Detector, frozen: list[str]) -> TrainState:
     """What detbb.training.loop.start_phase does, without a run folder."""
-    ema = Ema(config.ema) if config.ema is not None else None
+    ema = config.ema and Ema(detector, decay=config.ema.decay, warmup_steps=config.ema.warmup_steps)
     learner = TrainState(detector, ema, config.train, torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False))
     switch(learner, config, frozen)
     return learner
@@ -77,7 +77,7 @@ def switch(learner: TrainState, config: Config, frozen: list[str]) -> None:
     learner.optimizer = optim.build_optimizer(learner.detector, config.optimizer)
     optim.load_state_by_name(learner.optimizer, before)
     if learner.ema is not None:
-        learner.ema.follow(learner.detector)
+        learner.ema.follow()
     learner.model = wrap(learner.detector)
 
 
