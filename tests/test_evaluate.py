@@ -151,7 +151,10 @@ def test_an_image_whose_mask_is_bad_is_left_out_or_ends_the_evaluation(tmp_path:
     class Zeros(torch.nn.Module):
         """A detector that gives every pixel label 0; the truth is 1."""
 
-        heads = {"sem": SimpleNamespace(needs="semantic", evaluator=lambda a, engine: SemanticEvaluator(a))}  # noqa: RUF012
+        _head = SimpleNamespace(
+            needs="semantic", main_metric="sem/mIoU", evaluator=lambda a, engine: SemanticEvaluator(a)
+        )
+        heads = {"sem": _head}  # noqa: RUF012
         parameters = staticmethod(lambda: iter([torch.zeros(1)]))  # type: ignore[assignment]
 
         def predict(self, images: torch.Tensor, sizes: list, heads: list[str]) -> dict[str, list[Predictions]]:

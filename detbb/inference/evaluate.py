@@ -51,15 +51,17 @@ def evaluate_detector(
     config: Config,
     output_dir: Path | None,
     weights: str,
+    step: int | None = None,
     stop: Callable[[], object] = lambda: False,
 ) -> dict[str, float]:
     """Metrics as `<head>/<kind>/<metric>`, the same on every rank and for any number of them; every rank calls it.
 
     detector: in eval mode already; neither it nor any random state is changed. annotations: of the heads to evaluate,
     by name; heads with the same `data` share one pass. Rank 0 writes `output_dir/<head>/{results.json, metrics.json,
-    pr_curves.png, samples.png}`. stop: asked at every batch; if it says so on any rank, nothing is written and the
-    result is empty.
+    pr_curves.png, samples.png}`. step: what the pictures are titled with. stop: asked at every batch; if it says so on
+    any rank, nothing is written and the result is empty.
     """
+    at = "" if step is None else f", step {step}"
     draws = config.log.images if output_dir is not None else 0
     branches = {name: _Branch(detector, name, a, config, draws) for name, a in annotations.items()}
     sources: dict[str, list[_Branch]] = {}
@@ -81,7 +83,7 @@ def evaluate_detector(
                 write_json(output_dir / name / "metrics.json", {"weights": weights, **own})
                 branch.samples = sorted((s for _, samples in shares for s in samples), key=lambda s: s[0])
                 measured = "".join(f", {main} {own[main]:.1f}" for main in [branch.main_metric] if main in own)
-                branch.write_pictures(output_dir / name, f"{output_dir.name}, {name}, {weights} weights{measured}")
+                branch.write_pictures(output_dir / name, f"{name}{at}, {weights} weights{measured}")
     return from_rank0(metrics)
 
 
@@ -242,7 +244,9 @@ def evaluate(
             detector = restore_detector(content | {"config": config_to_dict(settings)}, weights=weights).to(device)
             extra = weights != kinds[0]
             folder = None if output_dir is None else Path(f"{output_dir}_{weights}" if extra else output_dir)
-            found = evaluate_detector(detector, data, config=settings, output_dir=folder, weights=weights)
+            found = evaluate_detector(
+                detector, data, config=settings, output_dir=folder, weights=weights, step=content["step"]
+            )
             metrics |= {f"{weights}:{name}" if extra else name: value for name, value in found.items()}
     return metrics
 

@@ -197,7 +197,9 @@ def evaluate_now(run: Run) -> None:
         seen = view(detector, run.learner.ema.tensors if weights == "ema" and run.learner.ema else {})
         second = weights != evaluated_weights(run)[0]
         output = run.folder / "eval" / f"step_{run.step:07d}{'_model' if second else ''}"
-        metrics = evaluate_detector(seen, heads, config=run.config, output_dir=output, weights=weights, stop=run.stop)
+        metrics = evaluate_detector(
+            seen, heads, config=run.config, output_dir=output, weights=weights, step=run.step, stop=run.stop
+        )
         if signal := max(all_gather_objects(run.stop())):  # --resume makes up for this evaluation
             if run.saved != run.step:
                 save(run)
