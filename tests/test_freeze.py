@@ -175,6 +175,33 @@ def test_bare_parameters_instance_norm_dropout_and_constants_rest_too():
     assert "heads.objects.odd.instance.running_mean" in bits_differ(state, copy_state(detector))
 
 
+def test_what_a_user_switched_off_stays_off_until_switched_on():
+    config = small_config()
+    detector = small_detector(config)
+    name = "backbone.layer4.0.conv1.weight"
+    weight = detector.get_parameter(name)
+    weight.requires_grad_(False)
+    for other in (detector, copy.deepcopy(detector), view(detector)):
+        other.freeze(["backbone.layer4"]).freeze([])  # freezing what holds it does not make it freeze's own
+        assert frozen_names(other) == list(digests(other)) == [name] == frozen_names(other, [])
+    learner = make_state(config, detector, [])
+    before = copy_state(detector)
+    learn(learner, 2)
+    assert bits_differ(before, copy_state(detector)) == set(before) - {name} and name not in learner.ema.tensors
+    weight.requires_grad_(True)
+    assert frozen_names(detector.freeze(["neck"]).freeze([])) == []
+
+
+def test_active_heads_are_asked_without_freezing():
+    detector = small_detector(small_config()).freeze(STEM)
+    before = [p.requires_grad for p in detector.parameters()]
+    assert detector.active_heads("made", frozen=ALL_SHARED) == detector.active_heads() == ["objects"]
+    assert detector.active_heads(frozen=[*ALL_SHARED, "heads.objects"]) == detector.active_heads("other") == []
+    with pytest.raises(UserError, match=r"'backbone.layer5' is not a submodule"):
+        detector.active_heads(frozen=["backbone.layer5"])
+    assert before == [p.requires_grad for p in detector.parameters()] and detector.frozen == tuple(STEM)
+
+
 @pytest.mark.parametrize("part", ["backbone", "neck", "heads.objects"])
 @pytest.mark.parametrize(("statistics", "affine"), [(True, True), (True, False), (False, True), (False, False)])
 def test_the_two_norm_switches_are_independent(part, statistics, affine):

@@ -116,8 +116,9 @@ import sys, detbb
 assert not {"torch", "numpy", "yaml"} & set(sys.modules)
 import detbb.training.loop, detbb.inference.evaluate, detbb.inference.predict
 from detbb import load_config, build_detector, load_detector, train, evaluate, predict
-from detbb import build_resnet, build_resnet_c4, SyncBatchNorm, Ema, HEADS, Head
+from detbb import build_resnet, build_resnet_c4, SyncBatchNorm, Ema, HEADS, Head, freeze, frozen_names, digests
 names = [load_config, build_detector, load_detector, train, evaluate, predict, build_resnet, build_resnet_c4]
+names += [detbb.freeze, freeze, frozen_names, digests]
 assert all(type(f).__name__ == "function" for f in names), names
 assert issubclass(HEADS["fcos"], Head) and set(detbb.__all__) <= set(dir(detbb))
 try: detbb.nothing

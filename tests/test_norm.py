@@ -1,4 +1,4 @@
-"""Norm layers: frozen ones equal BN in eval mode, synced ones equal BN on the whole batch, conversions lose nothing."""
+"""Norm layers: frozen ones equal BN in eval mode, synced ones equal BN on the whole batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from detbb.core.errors import UserError
 from detbb.modeling.norm import (
     FrozenBatchNorm2d,
     SyncBatchNorm,
-    convert_norm,
     has_running_stats,
     is_norm,
     norm_layer,
@@ -65,26 +64,8 @@ def test_frozen_norm_reads_files_of_bn_and_of_torchvisions_frozen_norm():
         ours.load_state_dict({k: v for k, v in norm.state_dict().items() if k != "running_var"})
 
 
-def test_convert_to_sync_keeps_tensors_flags_and_frozen_norms():
-    net = nn.Sequential(trained_bn(eps=1e-3, momentum=None), FrozenBatchNorm2d(6), nn.BatchNorm2d(6, affine=False))
-    net[0].weight.requires_grad_(False)
-    net[0].eval()
-    ids = {k: id(v) for k, v in net.state_dict(keep_vars=True).items()}
-    frozen = net[1]
-    synced = convert_norm(net, "sync_bn")
-    assert isinstance(synced[0], SyncBatchNorm) and isinstance(synced[2], SyncBatchNorm) and synced[1] is frozen
-    assert {k: id(v) for k, v in synced.state_dict(keep_vars=True).items()} == ids
-    assert (synced[0].eps, synced[0].momentum, synced[0].training) == (1e-3, None, False)
-    assert not synced[0].weight.requires_grad and synced[0].bias.requires_grad and synced[2].weight is None
-    back = convert_norm(synced, "bn")
-    assert type(back[0]) is nn.BatchNorm2d
-    assert {k: id(v) for k, v in back.state_dict(keep_vars=True).items()} == ids
-    with pytest.raises(UserError, match="'gn' is not known; valid are bn, sync_bn"):
-        convert_norm(back, "gn")
-
-
 def test_sync_norm_on_one_process_is_bn():
-    norm, synced = trained_bn(), convert_norm(trained_bn(), "sync_bn")
+    norm, synced = trained_bn(), randomize(SyncBatchNorm(6))
     x = torch.randn(3, 6, 4, 4)
     for _ in range(2):
         assert torch.equal(synced(x), norm(x))
@@ -187,7 +168,7 @@ def sync_cases() -> dict[str, object]:
         torch.backends.cudnn.allow_tf32 = False
         results["cuda"] = max(farthest(s, torch.float32, 5, device="cuda") for s in SHARES)
     rank = dist.get_rank()
-    norm = convert_norm(trained_bn(), "sync_bn")
+    norm = randomize(SyncBatchNorm(6))
     try:
         norm(torch.randn(1 - rank, 6, 1, 1))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Norm layers by name, and a conversion between them that loses nothing."""
+"""Norm layers by name."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from torch.nn.modules._functions import SyncBatchNorm as CudaSyncBatchNorm
 from detbb.core.errors import unknown_name
 from detbb.distributed.collectives import mean as mean_over_ranks
 from detbb.distributed.collectives import world_size
-
-TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class FrozenBatchNorm2d(torchvision.ops.misc.FrozenBatchNorm2d):
@@ -207,33 +205,3 @@ def average_statistics(module: nn.Module) -> Tensor | None:
     for buffer, part in zip(buffers, average.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))
     return (own - average).abs().max()
-
-
-def convert_norm(module: nn.Module, norm: str) -> nn.Module:
-    """`module` with each trainable 2d batch norm turned into `bn` or `sync_bn`; itself unless it is such a norm.
-
-    The new norms hold the very same tensors, so optimizers stay valid, and keep mode, flags, eps, momentum and keys.
-    Frozen norms stay.
-    """
-    kind = {"bn": nn.BatchNorm2d, "sync_bn": SyncBatchNorm}.get(norm)
-    if kind is None:
-        raise unknown_name("convert_norm", norm, ("bn", "sync_bn"))
-
-    def convert(old: Any) -> nn.Module:
-        if type(old) is kind:
-            return old
-        affine = {"affine": old.affine, "bias": old.bias is not None}
-        new = kind(old.num_features, old.eps, old.momentum, track_running_stats=old.track_running_stats, **affine)
-        for name in TENSORS:
-            setattr(new, name, getattr(old, name))
-        return new.train(old.training)
-
-    return _replace(module, (nn.BatchNorm2d, nn.SyncBatchNorm), convert)
-
-
-def _replace(module: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[Any], nn.Module]) -> nn.Module:
-    if isinstance(module, kinds):
-        return make(module)
-    for name, child in module.named_children():
-        setattr(module, name, _replace(child, kinds, make))
-    return module
