@@ -31,8 +31,8 @@ format: $(installed)  ## format, and fix what the linter can
 	$(bin)/ruff format .
 	$(bin)/ruff check --fix .
 
-docs: $(installed)  ## write docs/config.md from the fields, and the tables of docs/reliability.md
-	$(bin)/python -m detbb.config.docs
+docs: $(installed)  ## write docs/config.md and its JSON schema from the fields, and the tables of docs/reliability.md
+	$(bin)/python -m detbb.heads.docs
 	$(bin)/python tests/support/planted.py
 
 fuzz: $(installed)  ## 5,000 inputs that nobody foresaw: configs, annotations, checkpoints, images

@@ -12,11 +12,10 @@ from detbb.structures.annotations import Annotations
 from detbb.structures.batch import Batch, ImageSize
 
 
-@dataclass
 class CountingConfig(HeadConfig):
     """Where objects have their centre."""
 
-    levels: list[str] = field(default_factory=lambda: ["p4", "p5"])
+    levels: list[str] = ["p4", "p5"]
     """Feature levels; the finest one sets the resolution."""
 
 

@@ -12,11 +12,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detbb.config.docs import PATH as DOCS
-from detbb.config.docs import make_docs
 from detbb.config.loading import config_to_dict, save_config
 from detbb.config.schema import Config
 from detbb.core.errors import UserError
+from detbb.heads.docs import make_docs, make_schema
 from detbb.heads.fcos import FcosHead
 from detbb.heads.loading import config_from_dict, load_config
 
@@ -97,15 +96,21 @@ MISTAKES = [
     ("optimizer.type=adam", ["optimizer.type is 'adam'", "sgd, adamw", "did you mean 'adamw'?"]),
     ("backbone.norm=batch", ["backbone.norm is 'batch'", "bn, frozen_bn, sync_bn, gn"]),
     ("backbone.norm_eval=yes", ["backbone.norm_eval is 'yes'", "true or false"]),
-    ("backbone.norm=frozen_bn", ["backbone.norm is 'frozen_bn'", "random weights", "backbone.weights", "allow_random"]),
+    ("backbone.norm=frozen_bn", ["random weights", "norm: bn (or gn), or give backbone.weights"]),
     ("backbone.norm_eval=true", ["backbone.norm_eval", "random weights", "allow_random"]),
     ("backbone={norm: gn, norm_eval: true}", ["backbone.norm_eval", "'gn' has no running statistics"]),
     ("neck.norm=frozen_bn", ["neck.norm", "random weights", "init_from"]),
     ("neck.norm_eval=true", ["neck.norm_eval", "no running statistics"]),
     ("neck.channels=0", ["neck.channels is 0", "at least 1"]),
-    ("train.epochs=3", ["train.steps", "train.epochs", "both"]),
+    ("train={steps: 100, epochs: 3}", ["train.steps", "train.epochs", "both"]),
     ("train.steps=null", ["train.steps", "train.epochs", "missing"]),
-    ("freeze=[neck]", ["freeze", "phases"]),
+    ("freeze=backbone", ["freeze is 'backbone'", "must be a list, such as [backbone]"]),
+    ("imgsz=640", ["imgsz is not a key", "detbb, which says data.<name>.image_size"]),
+    ("epochs=12", ["epochs is not a key", "detbb, which says train.epochs"]),
+    ("optimizer.lr0=0.1", ["optimizer.lr0 is not a key", "detbb, which says optimizer.lr"]),
+    ("SOLVER.BASE_LR=0.02", ["SOLVER.BASE_LR", "detbb, which says optimizer.lr"]),
+    ("heads.objects.num_classes=3", ["heads.objects.num_classes", "detbb, which says data.<name>.classes"]),
+    ("model.backbone.frozen_stages=1", ["model.backbone.frozen_stages", "backbone.stem, backbone.layer1"]),
     ("phases[0].steps=null", ["phases[0].steps", "only the last"]),
     ("phases[0].steps=100", ["phases", "100", "less than train.steps 100"]),
     ("phases[1].steps=50", ["phases", "90", "must be train.steps 100"]),
@@ -202,11 +207,14 @@ def test_mistake_is_one_line_that_names_the_override_the_key_and_what_is_valid(
         ("- a\n", ["sections"]),
         ("a: " + "[" * 5000, ["line 1"]),
         ("a: \x07\n", ["not readable"]),
-        ("data: {x: {format: shapes}}\ntrain: {steps: 5}\n", ["heads is empty"]),
-        ("heads: {}\n", ["data is empty"]),
-        ("base: nowhere.yaml\n", ["nowhere.yaml", "no such config file"]),
+        ("seed: 0\n", ["data is empty", "heads is empty"]),
+        ("base: nowhere.yaml\n", ["run.yaml: base is 'nowhere.yaml'", "no such config file"]),
         ("base: 3\n", ["base is 3", "path"]),
-        ("base: child.yaml\n", ["child.yaml", "has a base itself", "one level"]),
+        ("base: child.yaml\n", ["child.yaml: base is 'run.yaml'", "circle"]),
+        ("freeze: [neck]\nphases: [{steps: 5}]\n", ["freeze and phases are both given"]),
+        ("x: " + "[]," * 400_000, ["larger than 1 MB"]),
+        ("path: d\ntrain: images\nval: images\nnames: {0: cell}\n", ["Ultralytics", "format: yolo"]),
+        ("_BASE_: a.yaml\nMODEL: {WEIGHTS: x}\n", ["Detectron2", "docs/config.md"]),
     ],
 )
 def test_mistake_in_the_file_names_the_file_and_the_line_or_key(
@@ -217,6 +225,20 @@ def test_mistake_in_the_file_names_the_file_and_the_line_or_key(
     text = error_of(file)
     assert str(file.parent) in text
     assert not [part for part in said if part not in text], text
+
+
+def test_all_mistakes_are_said_at_once_each_under_what_wrote_it(file: Path):
+    file.write_text(VALID + "sed: 1\nlog: {every: 0}\noptimizer: {lr: fast, type: adam}\n")
+    text = error_of(file, "train.stpes=5", "heads.objects.nms_threshold=2")
+    assert text.startswith(f"{file}: ") and text.count(str(file)) == 1
+    assert [text.count(key) for key in ("sed is not", "log.every is 0", "lr is 'fast'", "type is 'adam'")] == [1] * 4
+    assert "; override 'train.stpes=5': train.stpes is not a key" in text
+    assert "; override 'heads.objects.nms_threshold=2': heads.objects.nms_threshold is 2" in text
+    many = error_of(file, *(f"x{number}=1" for number in range(20)))
+    assert many.count("is not a key") == 7 and many.endswith("; and 14 more")
+    file.write_text(VALID)
+    text = error_of(file, "heads.pixels.data=blood", "schedule.warmup_steps=100")
+    assert "heads.pixels.data" in text and "; override 'schedule.warmup_steps=100': schedule.warmup_steps" in text
 
 
 def test_missing_file_names_a_near_one(file: Path):
@@ -241,6 +263,43 @@ def test_base_is_merged_before_the_rest(tmp_path: Path, file: Path):
     assert (config.heads["objects"].nms_threshold, config.heads["objects"].data) == (0.3, "blood")
     assert (config.phases, len(parent.phases)) == ([], 2)
     assert (config.ema, config.eval.weights, parent.eval.weights) == (None, "model", "ema")
+
+
+def test_bases_may_stand_in_a_row_of_eight_and_the_nearest_wins(tmp_path: Path, file: Path):
+    for number in range(1, 10):
+        below = "run.yaml" if number == 1 else f"{number - 1}.yaml"
+        (tmp_path / f"{number}.yaml").write_text(f"base: {below}\nseed: {number}\nlog: {{every: {number}}}\n")
+    config = load_config(tmp_path / "8.yaml", ["log.every=9"])
+    assert (config.seed, config.log.every, config.train.batch_size) == (8, 9, 12)
+    assert "at most 8 bases in a row" in error_of(tmp_path / "9.yaml")
+
+
+def test_steps_replace_the_epochs_of_a_base_and_freeze_its_phases(tmp_path: Path, file: Path):
+    child, grandchild = tmp_path / "child.yaml", tmp_path / "grandchild.yaml"
+    child.write_text("base: run.yaml\ntrain: {epochs: 3}\nfreeze: [neck]\n")
+    grandchild.write_text("base: child.yaml\ntrain: {steps: 90}\nphases: [{freeze: [backbone]}]\n")
+    for path, overrides, expected in (
+        (child, [], (None, 3.0, ["neck"], 0)),
+        (child, ["train.steps=90"], (90, None, ["neck"], 0)),
+        (grandchild, [], (90, None, [], 1)),
+        (grandchild, ["freeze=[heads.pixels]", "train.epochs=2"], (None, 2.0, ["heads.pixels"], 0)),
+    ):
+        config = load_config(path, overrides)
+        assert (config.train.steps, config.train.epochs, config.freeze, len(config.phases)) == expected
+    text = error_of(child, "train.steps=90", "train.epochs=2", "phases=[{}]", "freeze=[neck]")
+    assert "train.epochs are both given" in text and "freeze and phases are both given" in text
+
+
+def test_a_dict_and_a_config_are_checked_as_a_file_is(file: Path):
+    values = yaml.safe_load(VALID)
+    config = load_config(values, ["seed=3"])
+    assert config == load_config(file, ["seed=3"]) == load_config(config) and load_config(config, ["seed=4"]).seed == 4
+    assert load_config({"base": str(file), "output_dir": "${oc.env:DETBB_UNSET,x}"}).output_dir == "x"
+    with pytest.raises(UserError, match=r"^the given configuration: trian is not a key"):
+        load_config({**values, "trian": {}})
+    config.train.steps = 0
+    with pytest.raises(UserError, match=r"^the given configuration: train\.steps is 0, must be at least 1"):
+        load_config(config)
 
 
 def test_overrides_reach_every_kind_of_value(file: Path):
@@ -333,7 +392,8 @@ def test_a_stored_config_is_read_as_strictly_and_without_the_environment(file: P
 
 
 def test_docs_are_current():
-    assert DOCS.read_text() == make_docs(), "run: make docs"
+    assert (REPOSITORY / "docs" / "config.md").read_text() == make_docs(), "run: make docs"
+    assert (REPOSITORY / "docs" / "config.schema.json").read_text() == make_schema(), "run: make docs"
 
 
 YAML_VALUE = st.recursive(

@@ -63,7 +63,7 @@ def test_workers_do_not_change_order_or_pixels(folder: Path) -> None:
     assert len(reference) == 9 and all(b.images.shape[0] == 8 and b.source == "shapes" for b in reference)
     for workers in (2, 4):
         assert same(batches(shapes_config(folder, workers=workers), 0, 9), reference)
-    assert not same(batches(replace(shapes_config(folder), seed=4), 0, 9), reference)
+    assert not same(batches(shapes_config(folder).model_copy(update={"seed": 4}), 0, 9), reference)
 
 
 def test_the_global_random_state_neither_matters_nor_moves(folder: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_step_costs_the_same_in_a_set_of_any_size(tmp_path: Path) -> None:
 def test_a_size_that_annotations_claim_is_not_allocated(tmp_path: Path) -> None:
     data = shapes_split(shapes_config(tmp_path, train=4))
     huge = replace(data, sizes=np.full_like(data.sizes, 200_000))
-    source = replace(shapes_config(tmp_path).data["shapes"], on_bad_image="skip")
+    source = shapes_config(tmp_path).data["shapes"].model_copy(update={"on_bad_image": "skip"})
     (batch,) = eval_loader(huge, source, batch_size=4)
     assert len(batch.bad_images) == 4 and batch.images.shape == (4, 3, 96, 96)
 

@@ -115,7 +115,7 @@ def test_what_was_repaired_is_said_with_the_first_ids(tmp_path: Path):
     objects = [{"id": i, "image_id": 1, "category_id": 1, "bbox": b, "area": 1, "iscrowd": 0} for i, b in boxes.items()]
     coco = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "car"}]}
     (tmp_path / "a.json").write_text(json.dumps(coco))
-    source = DataConfig("coco")
+    source = DataConfig(format="coco")
     source.train.images, source.train.annotations = str(tmp_path), str(tmp_path / "a.json")
     annotations = read_split(source, "train", "mine")
     assert repairs({"mine": annotations}, {}) == [

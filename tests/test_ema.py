@@ -19,7 +19,7 @@ STEM = ["backbone.stem", "backbone.layer1"]
 
 def test_the_average_equals_a_float64_loop_over_the_weights_of_each_step():
     config = small_config()
-    config.ema = EmaConfig(0.97, 10)
+    config.ema = EmaConfig(decay=0.97, warmup_steps=10)
     learner = make_state(config, small_detector(config), STEM)
     wide = {n: learner.detector.state_dict()[n].double() for n in learner.ema.tensors}
     for step in range(60):
@@ -60,7 +60,7 @@ def test_mutant_multiply_add_drifts_where_lerp_does_not():
 
 def test_newly_frozen_takes_the_live_value_and_newly_trained_starts_from_its_own():
     config = small_config()
-    config.ema = EmaConfig(0.99, 0)
+    config.ema = EmaConfig(decay=0.99, warmup_steps=0)
     learner = make_state(config, small_detector(config), STEM)
     learn(learner, 5)
     live = copy_state(learner.detector)
@@ -78,7 +78,7 @@ def test_newly_frozen_takes_the_live_value_and_newly_trained_starts_from_its_own
 def test_a_skipped_step_is_not_an_update(tmp_path):
     config = small_config()
     config.train.on_nonfinite = "skip"
-    config.ema = EmaConfig(0.9, 0)
+    config.ema = EmaConfig(decay=0.9, warmup_steps=0)
     learner = make_state(config, small_detector(config), [])
     learn(learner, 1)
     before, averaged = copy_state(learner.detector), {n: t.clone() for n, t in learner.ema.tensors.items()}
@@ -113,7 +113,7 @@ def test_the_decay_rises_to_its_value(warmup):
 
 def test_saved_and_loaded_the_average_goes_on_to_the_bit():
     config = small_config()
-    config.ema = EmaConfig(0.95, 7)
+    config.ema = EmaConfig(decay=0.95, warmup_steps=7)
     whole = make_state(config, small_detector(config), STEM)
     learn(whole, 6)
     half = make_state(config, small_detector(config), STEM)

@@ -6,7 +6,6 @@ import pickle
 import runpy
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,7 +143,7 @@ def test_what_one_process_cannot_evaluate_ends_all_of_them(run: Path, kind: str,
 def test_an_image_whose_mask_is_bad_is_left_out_or_ends_the_evaluation(tmp_path: Path) -> None:
     data = DataSet(tmp_path / "data")
     semantic(data, mode="RGB")
-    source = replace(data.source(), on_bad_image="skip")
+    source = data.source().model_copy(update={"on_bad_image": "skip"})
     annotations = read_split(source, "train", "mine")
     assert annotations is not None
 

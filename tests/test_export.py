@@ -52,11 +52,13 @@ def make_checkpoint(path: Path, types: tuple[str, ...], **arguments: Any) -> Pat
     config = Config()
     config.backbone.arch, config.backbone.norm, config.neck.channels = "resnet18", "bn", 32
     config.neck.type = "none" if types == GROUPS["C4"] else "fpn"
-    config.data["made"] = DataConfig("shapes", image_size=[60, 90])
-    config.data["pixels"] = DataConfig("semantic", SplitConfig("images", "masks"), classes=["a", "b"])
+    config.data["made"] = DataConfig(format="shapes", image_size=[60, 90])
+    config.data["pixels"] = DataConfig(
+        format="semantic", train=SplitConfig(images="images", annotations="masks"), classes=["a", "b"]
+    )
     config.train.steps = 1
     for number, name in enumerate(types):
-        known = find_head(name).Config.__dataclass_fields__
+        known = find_head(name).Config.model_fields
         own = {k: v for k, v in {**SMALL, **arguments}.items() if k in known}
         config.heads[f"head{number}"] = find_head(name).Config(
             type=name, data="pixels" if name == "semantic" else "made", **own

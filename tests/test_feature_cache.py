@@ -448,7 +448,7 @@ def fields_equal(a, b):
 
 @pytest.mark.parametrize("augment", ["none", "default", [{"type": "VerticalFlip"}], [{"type": "GaussNoise"}]])
 def test_a_target_without_its_image_is_the_target_with_it(augment, source):
-    config = dataclasses.replace(source.config, augment=augment, views=3, image_size=[48, 56])
+    config = source.config.model_copy(update={"augment": augment, "views": 3, "image_size": [48, 56]})
     for split, needs in (
         (source.annotations, {"masks", "keypoints"}),
         (read_split(_semantic(source), "train", "made"), {"semantic"}),
@@ -467,15 +467,15 @@ def _semantic(source):
 
 
 def test_views_come_in_turn_and_variants_tell_the_flips(source):
-    config = dataclasses.replace(source.config, augment="default", views=3)
+    config = source.config.model_copy(update={"augment": "default", "views": 3})
     reader = SampleReader(source.annotations, config, train=True)
     assert reader.variants() == 3 and [reader.variant(0, e) for e in range(5)] == [0, 1, 2, 0, 1]
     images = [reader.read(0, epoch)[0] for epoch in range(6)]
     assert all(torch.equal(images[e], images[e + 3]) for e in range(3))
     assert len({i.shape for i in images[:3]} | {hash(i.numpy().tobytes()) for i in images[:3]}) > 2
     flips = [{"type": "HorizontalFlip"}, {"type": "VerticalFlip"}]
-    reader = SampleReader(source.annotations, dataclasses.replace(config, augment=flips, views=None), train=True)
-    plain = SampleReader(source.annotations, dataclasses.replace(config, augment="none"), train=True).read(0)[0]
+    reader = SampleReader(source.annotations, config.model_copy(update={"augment": flips, "views": None}), train=True)
+    plain = SampleReader(source.annotations, config.model_copy(update={"augment": "none"}), train=True).read(0)[0]
     expected = [plain, plain.flip(2), plain.flip(1), plain.flip(1, 2)]
     found = [reader.variant(0, epoch) for epoch in range(20)]
     assert set(found) == {0, 1, 2, 3}
@@ -484,7 +484,7 @@ def test_views_come_in_turn_and_variants_tell_the_flips(source):
 
 
 def test_pad_source_gives_every_batch_the_same_size(source):
-    config = dataclasses.replace(source.config, augment="default", image_size=[64, 128])
+    config = source.config.model_copy(update={"augment": "default", "image_size": [64, 128]})
     sizes = {}
     for pad in ("batch", "source"):
         config.pad = pad

@@ -59,7 +59,7 @@ def test_frozen_is_bit_exact_after_50_steps_and_the_rest_all_moved(
     config = small_config(arch)
     config.optimizer.type, config.optimizer.weight_decay, config.optimizer.norm_weight_decay = kind, 0.1, 0.1
     config.train.precision, config.train.accumulate, config.train.grad_clip = precision, accumulate, clip
-    config.ema = EmaConfig(decay, 0)
+    config.ema = EmaConfig(decay=decay, warmup_steps=0)
     detector = small_detector(config)
     before = copy_state(detector)
     learner = make_state(config, detector, frozen)
@@ -82,7 +82,7 @@ def _two_ranks():
     for frozen in (STEM, ALL_SHARED):
         config = small_config()
         config.optimizer.weight_decay = 0.1
-        config.ema = EmaConfig(0.9, 0)
+        config.ema = EmaConfig(decay=0.9, warmup_steps=0)
         detector = small_detector(config)
         before = copy_state(detector)
         learner = make_state(config, detector, frozen)
@@ -113,7 +113,7 @@ def test_evaluation_changes_nothing_of_the_run():
     finals = []
     for evaluate in (False, True):
         config = small_config()
-        config.ema = EmaConfig(0.9, 0)
+        config.ema = EmaConfig(decay=0.9, warmup_steps=0)
         learner = make_state(config, small_detector(config), STEM)
         torch.manual_seed(3)
         for step in range(6):
@@ -237,7 +237,7 @@ def test_a_switch_that_changes_nothing_equals_no_switch_to_the_bit():
     for switches in (False, True):
         config = small_config()
         config.optimizer.type = "adamw"
-        config.ema = EmaConfig(0.9, 5)
+        config.ema = EmaConfig(decay=0.9, warmup_steps=5)
         learner = make_state(config, small_detector(config), STEM)
         learn(learner, 4)
         if switches:

@@ -56,20 +56,20 @@ def test_the_longest_matching_name_gives_the_factor():
 
 
 def test_multistep_with_warmup_is_detectron2s():
-    schedule = ScheduleConfig("multistep", milestones=[60, 80], gamma=0.1, warmup_steps=10)
+    schedule = ScheduleConfig(type="multistep", milestones=[60, 80], gamma=0.1, warmup_steps=10)
     factors = [lr_factor(step, schedule, 90) for step in range(90)]
     assert factors[0] == pytest.approx(1e-3) and factors[5] == pytest.approx(0.5005) and factors[10] == 1.0
     assert factors[59] == 1.0 and factors[60] == pytest.approx(0.1) and factors[80] == pytest.approx(0.01)
 
 
 def test_cosine_and_constant():
-    assert [lr_factor(s, ScheduleConfig("cosine"), 100) for s in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
-    assert {lr_factor(s, ScheduleConfig("constant"), 100) for s in range(100)} == {1.0}
+    assert [lr_factor(s, ScheduleConfig(type="cosine"), 100) for s in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
+    assert {lr_factor(s, ScheduleConfig(type="constant"), 100) for s in range(100)} == {1.0}
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_state_by_name_survives_a_round_trip_to_the_bit(kind):
-    config = OptimizerConfig(kind, lr=0.1)
+    config = OptimizerConfig(type=kind, lr=0.1)
     detector = small_detector(small_config())
     optimizer = build_optimizer(detector, config)
     for step in range(2):
@@ -87,7 +87,11 @@ def test_state_by_name_survives_a_round_trip_to_the_bit(kind):
 
 def test_phases_cover_the_run():
     config = small_config()
-    config.phases = [PhaseConfig(3, ["backbone"]), PhaseConfig(4, ["neck"]), PhaseConfig(None, [])]
+    config.phases = [
+        PhaseConfig(steps=3, freeze=["backbone"]),
+        PhaseConfig(steps=4, freeze=["neck"]),
+        PhaseConfig(steps=None, freeze=[]),
+    ]
     phases = plan_phases(config, 10)
     assert [(p.start, p.end, p.freeze) for p in phases] == [(0, 3, ("backbone",)), (3, 7, ("neck",)), (7, 10, ())]
     assert [phase_at(phases, step).index for step in range(10)] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
@@ -96,6 +100,6 @@ def test_phases_cover_the_run():
 @pytest.mark.parametrize("lengths", [[3, 4], [3, 9, None], [5, 6], [10, None]])
 def test_phases_that_do_not_fit_the_run_are_refused(lengths):
     config = small_config()
-    config.phases = [PhaseConfig(length, []) for length in lengths]
+    config.phases = [PhaseConfig(steps=length, freeze=[]) for length in lengths]
     with pytest.raises(UserError, match="phases: the phases end at steps"):
         plan_phases(config, 10)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +197,7 @@ def _reduced(content: Mapping[str, Any], heads: Sequence[str]) -> tuple[Config, 
     config.inherited_heads = [n for n in config.inherited_heads if n in heads]
     if config.eval.best is not None and config.eval.best.partition("/")[0] not in heads:
         config.eval.best = None
-    bare = replace(config, freeze=[], phases=[])  # these may name parts that no head needs any more
+    bare = config.model_copy(update={"freeze": [], "phases": []})  # these may name parts that no head needs any more
     tensors = set(build_detector(bare, content["classes"]).state_dict())
     config.freeze = [n for n in config.freeze if _holds(n, tensors)]
     for phase in config.phases:

@@ -1,82 +1,90 @@
-"""YAML and overrides → `Config`; `Config` → YAML and plain containers.
+"""YAML, a dict or a Config, and overrides → `Config`; `Config` → YAML and plain containers.
 
-    file, its one base, overrides → one plain dict → ${…} resolved → keys and types → dataclasses → combinations
+    bases, file, overrides → one plain dict → ${…} resolved → keys, types and ranges → combinations
 
-OmegaConf merges strictly onto the dataclasses and ends here: what comes out are plain dataclasses. Every mistake is a
-UserError of one line: where it was written, the key, the value, what is valid.
+PyYAML reads, OmegaConf resolves, pydantic validates. All mistakes become one UserError of one line: where each was
+written, the key, the value, what is valid.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
 from detbb.config.checks import check_combinations
-from detbb.config.schema import Config, HeadConfig
-from detbb.config.types import check_section, show
+from detbb.config.messages import MAX_DEPTH, Problem, join, problems_of, show, unusable
+from detbb.config.schema import Config, Section
 from detbb.core.errors import UserError, nearest
 from detbb.core.files import write_atomically
 
-T = TypeVar("T")
-Layer = tuple[str, Any]  # where it was written, and what
+Layer = tuple[str, dict[str, Any]]  # where it was written, and what
 Find = Callable[[str], Any]  # the head class of a `type`, or the `Format` of a `format`; raises UserError
 
+MAX_BYTES = 1_000_000
+MAX_BASES = 8
+MAX_MISTAKES = 10  # that one message names
+_UNSET = {  # what a later layer unsets of the earlier ones, by the key that it sets
+    "train.steps": {"train": {"epochs": None}},
+    "train.epochs": {"train": {"steps": None}},
+    "freeze": {"phases": []},
+    "phases": {"freeze": []},
+}
 _SECRET = re.compile(r"KEYS?(?:_|$)|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _RESOLVED = re.compile(r"\$\{\s*(?P<key>[\w.\[\]]+)\s*\}|\$\{\s*oc\.env\s*:\s*(?P<variable>\w+)\s*(?:,[^${}]*)?\}")
 _MISSING_VARIABLE = re.compile(r"Environment variable '(.*?)' not found")
 
 
 def load_config(
-    path: str | Path,
+    source: str | Path | dict[str, Any] | Config,
     overrides: Sequence[str] = (),
     *,
     find_head: Find,
     find_format: Find,
     world_size: int | None = None,
 ) -> Config:
-    """The checked configuration of a YAML file and `key=value` overrides; `heads` holds each head's own dataclass.
-
-    The file may name one parent, `base: other.yaml` (relative to it), which has none itself. `${oc.env:NAME,default}`
-    and `${other.key}` are resolved; a variable that looks like a secret is refused, since the result is stored.
-    The batch size must divide among the processes: `world_size`, or torchrun's `WORLD_SIZE`.
-
-    Raises: UserError: one line for the first mistake.
-    """
-    sources = _Sources(str(path), [*_file_layers(Path(path)), *(_override_layer(text) for text in overrides)])
-    values = config_to_dict(Config())  # so that ${…} reaches defaults too
-    for name, layer in sources.layers:
-        values = _merge(values, layer, name)
+    """See detbb/heads/loading.py, which knows the heads."""
+    if isinstance(source, str | Path):
+        files = _with_bases(_read(Path(source)), Path(source))
+    else:
+        values = config_to_dict(source) if isinstance(source, Config) else copy.deepcopy(source)
+        files = _with_bases(("the given configuration", values), None)
+    sources = _Sources(files[-1][0], files, [_override_layer(text) for text in overrides])
+    values, problems = _resolve(sources.merged_onto(config_to_dict(Config())))  # so that ${…} reaches defaults too
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1  # as distributed.processes
-    return _build(_resolve(values, sources), sources, world_size, find_head, find_format)
+    return _build(values, problems, sources, find_head=find_head, find_format=find_format, world_size=world_size)
 
 
 def config_from_dict(
     values: dict[str, Any], origin: str, *, find_head: Find, find_format: Find, overrides: Sequence[str] = ()
 ) -> Config:
-    """The checked configuration of plain containers (a checkpoint's); `origin` says in errors where they come from.
-
-    Nothing is resolved: a stored configuration reads no environment, and imports no head. Raises: UserError.
-    """
-    sources = _Sources(origin, [_override_layer(text) for text in overrides])
-    values = copy.deepcopy(values)
-    for name, layer in sources.layers:
-        values = _merge(values, layer, name)
-    return _build(values, sources, 1, find_head, find_format)
+    """See detbb/heads/loading.py."""
+    sources = _Sources(origin, [], [_override_layer(text) for text in overrides])
+    return _build(
+        sources.merged_onto(copy.deepcopy(values)),
+        {},
+        sources,
+        find_head=find_head,
+        find_format=find_format,
+        world_size=1,
+    )
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain dicts, lists and scalars, that `config_from_dict` reads back to an equal configuration."""
-    return _plain(dataclasses.asdict(config))
+    return config.model_dump(warnings=False)
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -85,18 +93,37 @@ def save_config(config: Config, path: str | Path) -> None:
     write_atomically(Path(path), lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Sources:
     """What the configuration was put together from, so that an error names where a key was written."""
 
     main: str
-    layers: list[Layer]  # the later ones win
+    files: list[Layer]  # the later ones win; overrides win over all
+    overrides: list[Layer]
 
-    def fail(self, at: str, message: str) -> NoReturn:
-        """One line: the override or file that wrote the key, the key, the message."""
-        parts = [part for part in re.split(r"[.\[\]]+", at) if part]
-        written = [name for name, values in self.layers if parts and _holds(values, parts)]
-        raise UserError(_one_line(f"{written[-1] if written else self.main}: {at} {message}"))
+    def merged_onto(self, values: dict[str, Any]) -> dict[str, Any]:
+        for layers in (*([file] for file in self.files), self.overrides):
+            for key, unset in _UNSET.items():
+                if any(_find(layer, key) for _, layer in layers):
+                    values = _merge(values, unset, "")
+            for name, layer in layers:
+                values = _merge(values, layer, name)
+        return values
+
+    def error(self, problems: Iterable[Problem]) -> UserError:
+        """One line with the first mistakes: where each was written, the key, what is wrong."""
+        layers, said = [*self.files, *self.overrides], dict[int, list[str]]()
+        for at, message in problems:
+            written = [i for i, (_, layer) in enumerate(layers) if at and _find(layer, at, ...) is not ...]
+            said.setdefault(written[-1] if written else len(self.files) - 1, []).append(f"{at} {message}".strip())
+        lines = [(i, line) for i in sorted(said) for line in said[i]]
+        text, last = "", None
+        for i, line in lines[:MAX_MISTAKES]:
+            where = f"{layers[i][0] if i >= 0 else self.main}: "
+            text, last = f"{text}{'; ' if text else ''}{where if i != last else ''}{line}", i
+        return UserError(
+            _one_line(text + (f"; and {len(lines) - MAX_MISTAKES} more" if len(lines) > MAX_MISTAKES else ""))
+        )
 
 
 class _Loader(yaml.SafeLoader):
@@ -107,8 +134,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
-        if self._depth > 30:
-            raise yaml.composer.ComposerError(None, None, "nested deeper than 30 levels", event.start_mark)
+        if self._depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested deeper than {MAX_DEPTH} levels", event.start_mark)
         if isinstance(event, yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, f"alias *{event.anchor}: write it out", event.start_mark)
         if getattr(event, "tag", None):
@@ -149,32 +176,57 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(_one_line(f"{where}: is not readable as YAML: {str(error)[:200]}")) from None
 
 
-def _file_layers(path: Path) -> list[Layer]:
-    name, values = layer = _read(path)
-    if "base" not in values:
-        return [layer]
-    base = values.pop("base")
-    if not isinstance(base, str):
-        raise UserError(f"{name}: base is {show(base)}, must be the path of one YAML file")
-    parent_name, parent = _read(path.parent / base)
-    if "base" in parent:
-        raise UserError(
-            f"{name}: base is {show(base)}, which has a base itself ({show(parent['base'])}); one level is allowed"
-        )
-    return [(parent_name, parent), layer]
+def _with_bases(layer: Layer, path: Path | None) -> list[Layer]:
+    """The bases of a layer, the farthest first, and the layer. A path is relative to the file that holds it."""
+    layers, seen = [layer], [path and path.resolve()]
+    while "base" in layers[0][1]:
+        name, values = layers[0]
+        base = values.pop("base")
+        asks = f"{name}: base is {show(base)}"
+        if not isinstance(base, str):
+            raise UserError(f"{asks}, must be the path of one YAML file")
+        path = path.parent / base if path else Path(base)
+        if path.resolve() in seen:
+            raise UserError(f"{asks}, which has {name} among its own bases; a circle has no beginning")
+        if len(seen) > MAX_BASES:
+            raise UserError(f"{asks}, but at most {MAX_BASES} bases in a row are allowed")
+        seen.append(path.resolve())
+        layers.insert(0, _read(path, f"{asks}: "))
+    return layers
 
 
-def _read(path: Path) -> Layer:
+def _read(path: Path, asks: str = "") -> Layer:
+    """The sections of a YAML file. asks: what an error begins with, if another file names this one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UserError(f"{asks}{path}: is larger than {MAX_BYTES // 10**6} MB, which no config file is")
+        text = data.decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file{nearest(path.name, _yaml_files(path.parent))}") from None
+        raise UserError(f"{asks}{path}: no such config file{nearest(path.name, _yaml_files(path.parent))}") from None
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        raise UserError(_one_line(f"{path}: cannot be read as a config file: {error}")) from None
+        raise UserError(_one_line(f"{asks}{path}: cannot be read as a config file: {error}")) from None
+    if foreign := _foreign(set(re.findall(r"^(\w+) *:", text, re.MULTILINE))):
+        raise UserError(f"{asks}{path}: is {foreign}; docs/config.md has detbb's keys, configs/ files to begin with")
     values = _parse(text, str(path))
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {show(values)}, must hold sections such as `data:` and `heads:`")
+        raise UserError(f"{asks}{path}: holds {show(values)}, must hold sections such as `data:` and `heads:`")
     return str(path), values
+
+
+def _foreign(keys: set[str]) -> str | None:
+    """What a file with these keys is, if another tool reads it."""
+    if {"names", "train"} <= keys and not {"data", "heads"} & keys:
+        return (
+            "a data set description of Ultralytics (keys path, train, val, names), here data: {mine: {format: yolo, "
+            "train: {images: FOLDER, annotations: FOLDER}, classes: THIS FILE}}"
+        )
+    return (
+        "a configuration of Detectron2 (keys _BASE_, MODEL, SOLVER)" if {"_BASE_", "MODEL", "SOLVER"} & keys else None
+    )
 
 
 def _yaml_files(folder: Path) -> list[str]:
@@ -191,7 +243,7 @@ def _override_layer(text: str) -> Layer:
     parts = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
     if parts[:2] == ["optimizer", "lr_mult"] and len(parts) > 2:
         parts = [*parts[:2], ".".join(parts[2:])]  # its keys are submodule names, with dots
-    layer = _parse(value, origin)
+    layer: Any = _parse(value, origin)
     for part in reversed(parts):
         layer = {part: layer}
     return origin, layer
@@ -209,97 +261,116 @@ def _merge(old: Any, new: Any, where: str, at: str = "") -> Any:
     return copy.deepcopy(new)
 
 
-def _resolve(values: dict[str, Any], sources: _Sources) -> dict[str, Any]:
-    """The same with every ${…} replaced."""
-    for at, text in _strings(values, ""):
-        for match in _RESOLVED.finditer(text):
-            if match["variable"] and _SECRET.search(match["variable"]):
-                variable = match["variable"]
-                sources.fail(
-                    at, f"reads the environment variable {variable}, which looks like a secret: configs are stored"
-                )
-        if "${" in _RESOLVED.sub("", text):
-            sources.fail(
-                at, f"is {show(text)}; of ${{…}}, valid are ${{other.key}} and ${{oc.env:NAME,default}}, not nested"
-            )
+def _resolve(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The same with every ${…} replaced, and what is wrong with those that cannot be, by key path."""
+    problems: dict[str, str] = {}
     try:
-        resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+        known = OmegaConf.create(values)
     except (OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
-        text = str(error).split("\n")[0]
-        if missing := _MISSING_VARIABLE.search(text):
-            text = f"environment variable {missing[1]} is not set; set it or write ${{oc.env:{missing[1]},default}}"
-        sources.fail(getattr(error, "full_key", None) or "", f"cannot be resolved: {text}")
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
+        known, problems[""] = OmegaConf.create(), f"cannot be resolved: {str(error).splitlines()[0]}"
 
-
-def _strings(value: Any, at: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield at, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _strings(item, f"{at}.{key}".lstrip("."))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _strings(item, f"{at}[{index}]")
-
-
-def _build(values: dict[str, Any], sources: _Sources, world_size: int, find_head: Find, find_format: Find) -> Config:
-    """Keys and types first, then the dataclasses, then what must fit together."""
-    fail = sources.fail
-    check_section(Config, values, "", fail)
-    heads: dict[str, HeadConfig] = {}
-    classes = {}
-    for name, arguments in values.pop("heads", {}).items():
-        at = f"heads.{name}"
-        if not isinstance(arguments, dict) or not isinstance(arguments.get("type"), str):
-            fail(at, f"is {show(arguments)}, must be a section with `type` and `data`")
+    def resolved(value: Any, keys: tuple[str | int, ...]) -> Any:
+        if isinstance(value, dict | list) and len(keys) < MAX_DEPTH:
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            made = {key: resolved(item, (*keys, key)) for key, item in items}
+            return made if isinstance(value, dict) else list(made.values())
+        if not isinstance(value, str) or "${" not in value or problems.get(""):
+            return value
         try:
-            classes[name] = find_head(arguments["type"])
+            _check_interpolations(value)
+            found = reduce(getitem, keys, known)
+            return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+        except (OmegaConfBaseException, RecursionError, LookupError, ValueError, TypeError) as error:
+            text = str(error).split("\n")[0]
+            if missing := _MISSING_VARIABLE.search(text):
+                text = f"environment variable {missing[1]} is not set; set it or write ${{oc.env:{missing[1]},default}}"
+            problems[join("", *keys)] = text if isinstance(error, UserError) else f"cannot be resolved: {text}"
+            return value
+
+    return resolved(values, ()), problems
+
+
+def _check_interpolations(text: str) -> None:
+    for match in _RESOLVED.finditer(text):
+        if match["variable"] and _SECRET.search(match["variable"]):
+            raise UserError(
+                f"reads the environment variable {match['variable']}, which looks like a secret: configs are stored"
+            )
+    if "${" in _RESOLVED.sub("", text):
+        raise UserError(
+            f"is {show(text)}; of ${{…}}, valid are ${{other.key}} and ${{oc.env:NAME,default}}, not nested"
+        )
+
+
+def _build(
+    values: dict[str, Any],
+    problems: dict[str, str],
+    sources: _Sources,
+    *,
+    find_head: Find,
+    find_format: Find,
+    world_size: int,
+) -> Config:
+    """Keys, types and ranges of all sections first, then what must fit together; each with all its mistakes.
+
+    problems: what is known to be wrong already, by key path.
+    """
+    for at, message in unusable(values):
+        problems.setdefault(at, message)
+    classes, heads, formats = {}, {}, {}
+    for at, name, source in _entries(values, "data"):
+        try:
+            formats[name] = find_format(str(source.get("format", "coco")) if isinstance(source, dict) else "coco")
         except UserError as error:
-            fail(f"{at}.type", str(error))
-        check_section(classes[name].Config, arguments, at, fail)
-        heads[name] = _structured(classes[name].Config, arguments, at, sources)
-    config = _structured(Config, values, "", sources)
+            problems.setdefault(f"{at}.format", str(error))
+    for at, name, head in _entries(values, "heads"):
+        if not isinstance(head, dict) or not isinstance(head.get("type"), str):
+            problems.setdefault(at, f"is {show(head)}, must be a section with `type` and `data`")
+            continue
+        try:
+            classes[name] = find_head(head["type"])
+            heads[name] = _validated(classes[name].Config, head, at, problems)
+        except UserError as error:
+            problems.setdefault(f"{at}.type", str(error))
+    config = _validated(Config, values, "", problems)
+    if config is None or problems:
+        raise sources.error(problems.items())
     config.heads = heads
     config.eval.weights = config.eval.weights or ("ema" if config.ema else "model")
     if config.checkpoint.every is None:
         config.checkpoint.every = config.eval.every
-    formats = {}
-    for name, source in config.data.items():
-        try:
-            formats[name] = find_format(source.format)
-        except UserError as error:
-            fail(f"data.{name}.format", str(error))
-    check_combinations(config, classes, formats, world_size, fail)
+    if found := list(check_combinations(config, classes, formats, world_size)):
+        raise sources.error(found)
     return config
 
 
-def _structured(section: type[T], values: dict[str, Any], at: str, sources: _Sources) -> T:
+def _entries(values: dict[str, Any], section: str) -> Iterator[tuple[str, str, Any]]:
+    """Key path, name and content of each entry of `data` or `heads`."""
+    for name, entry in values[section].items() if isinstance(values.get(section), dict) else ():
+        yield f"{section}.{name}", name, entry
+
+
+def _validated(section: type[Section], values: dict[str, Any], at: str, problems: dict[str, str]) -> Any:
+    """The values as a section, or None and more `problems`."""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), values))  # type: ignore[return-value]
-    except UserError as error:  # from a head's own __post_init__
-        sources.fail(at, str(error))
-    except OmegaConfBaseException as error:
-        sources.fail(".".join(filter(None, (at, error.full_key))), str(error).split("\n")[0])
+        return section.model_validate(values)
+    except ValidationError as error:
+        for key, message in problems_of(error, section, at):
+            problems.setdefault(key, message)
+    return None
 
 
-def _holds(values: Any, parts: list[str]) -> bool:
-    for part in parts:
+def _find(values: Any, at: str, default: Any = None) -> Any:
+    """What is at a key path of plain containers."""
+    for part in filter(None, re.split(r"[.\[\]]+", at)):
         if isinstance(values, list) and part.isdigit() and int(part) < len(values):
             values = values[int(part)]
         elif isinstance(values, dict) and part in values:
             values = values[part]
         else:
-            return False
-    return True
+            return default
+    return values
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

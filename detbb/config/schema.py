@@ -1,18 +1,104 @@
-"""The configuration: dataclasses with a doc line per field. `docs/config.md` is made from this file.
+"""The configuration: one class a section, and beside each field its type, its range and what it means.
 
-`load_config` (detbb/config/loading.py) reads YAML onto these classes and refuses what it does not know.
+pydantic refuses what does not fit (detbb/config/loading.py says so to the user); `docs/config.md` and the JSON schema
+for editors are made from here. What several keys must be together is in detbb/config/checks.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import itertools
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+)
+
+T = TypeVar("T")
+
+
+def at_most(other: str) -> AfterValidator:
+    """Refuses a value above that of the field `other`, which must be declared before."""
+
+    def check(value: float, info: ValidationInfo) -> float:
+        if other in info.data and value > info.data[other]:
+            raise ValueError(f"must be at most {other} {info.data[other]}")
+        return value
+
+    return AfterValidator(check)
+
+
+def in_words(must: str) -> WrapValidator:
+    """Says what is valid in these words, where the type alone would not tell a person."""
+
+    def check(value: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(f"must be {must}") from None
+
+    return WrapValidator(check)
+
+
+def _short_then_long(size: list[int]) -> list[int]:
+    if len(size) != 2 or size[0] > size[1]:
+        raise ValueError("must be [short side, longest side] with short <= longest")
+    return size
+
+
+def _no_name_twice(names: list[str] | str | None) -> list[str] | str | None:
+    if isinstance(names, list) and len(set(names)) < len(names):
+        raise ValueError("must not name a class twice")
+    return names
+
+
+def _ascending(steps: list[int]) -> list[int]:
+    if any(a >= b for a, b in itertools.pairwise(steps)):
+        raise ValueError("must be ascending")
+    return steps
+
+
+def _typed(transforms: Any) -> Any:
+    if isinstance(transforms, list) and not all(isinstance(t.get("type"), str) for t in transforms):
+        raise ValueError("has a transform without a type")
+    return transforms
+
+
+def _above_zero(factor: float) -> float:
+    if factor <= 0:
+        raise ValueError("must be above 0; to stop a part, freeze it")
+    return factor
+
 
 Norm = Literal["bn", "frozen_bn", "sync_bn", "gn"]
+NonEmpty = Annotated[list[T], Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Names = Annotated[list[str], Field(min_length=1)] | Annotated[str, Field(min_length=1)] | None
+Classes = Annotated[Names, in_words("a list of names, a names file or null"), AfterValidator(_no_name_twice)]
+Transforms = Annotated[Literal["default", "none"] | list[dict[str, Any]], AfterValidator(_typed)]
+Augment = Annotated[Transforms, in_words("default, none or a list of {type: Name, …its arguments}")]
 
 
-@dataclass
-class BackboneConfig:
+class Section(BaseModel):
+    """A part of the configuration: plain attributes, made of exactly these keys and types."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
+
+
+class BackboneConfig(Section):
     """The ResNet that all branches share."""
 
     arch: str = "resnet50"
@@ -31,13 +117,12 @@ class BackboneConfig:
     """`true`: let `frozen_bn`, or a part that is never trained, keep its random weights."""
 
 
-@dataclass
-class NeckConfig:
+class NeckConfig(Section):
     """What turns backbone stages into feature levels."""
 
     type: Literal["fpn", "none"] = "fpn"
     """`fpn`: levels p2 … p7 and pool, as far as the heads ask for them; `none`: heads see layer1 … layer4."""
-    channels: int = 256
+    channels: PositiveInt = 256
     """Channels of every FPN level."""
     norm: Norm | None = None
     """A norm after each FPN convolution; `null`: a bias instead (the original FPN)."""
@@ -49,8 +134,7 @@ class NeckConfig:
     """`true`: let a neck that is never trained keep its random weights."""
 
 
-@dataclass
-class SplitConfig:
+class SplitConfig(Section):
     """Where one split of a data source is."""
 
     images: str | None = None
@@ -58,32 +142,31 @@ class SplitConfig:
     annotations: str | None = None
     """`coco`: the JSON file; `voc`: the image-set file (its XML in `Annotations/`); `yolo`: the folder of txt labels;
     `semantic`: the folder of class-index PNG masks."""
-    size: int | None = None
+    size: PositiveInt | None = None
     """`shapes` only: how many images to generate."""
 
 
-@dataclass
-class DataConfig:
+class DataConfig(Section):
     """One data source: images and annotations of one class list."""
 
     format: str = "coco"
     """How the annotations are written: `coco`, `voc`, `yolo`, `semantic`, `shapes`, or `package.module:name` of a
     `Format` of your own ([extend.md](extend.md))."""
-    train: SplitConfig = field(default_factory=SplitConfig)
+    train: SplitConfig = SplitConfig()
     """The training split."""
     val: SplitConfig | None = None
     """The validation split; `null`: this source is not evaluated."""
-    classes: Any = None
+    classes: Classes = None
     """`yolo`, `semantic`: a names file (JSON, YAML or one name a line) or a list of names. `coco`, `voc`: `null` takes
     all classes of the file, a list takes those (in that order)."""
-    image_size: list[int] = field(default_factory=lambda: [800, 1333])
+    image_size: Annotated[list[PositiveInt], AfterValidator(_short_then_long)] = [800, 1333]
     """Short side and longest side that an image is resized to, in pixels."""
-    augment: Any = "default"
+    augment: Augment = "default"
     """`default` (horizontal flip, short side drawn in 0.8 … 1 of `image_size`), `none`, or a list of albumentations
     transforms, each `{type: Name, …its arguments}`."""
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     """How often this source takes its turn, relative to the others, when heads have different data."""
-    views: int | None = None
+    views: PositiveInt | None = None
     """So many augmented views of each image, seen in turn, one an epoch; `null`: a new one every epoch. The feature
     cache needs it unless images are at most flipped."""
     pad: Literal["batch", "source"] = "batch"
@@ -91,60 +174,57 @@ class DataConfig:
     sizes differ."""
     aspect_grouping: bool = True
     """Put landscape and portrait images into different batches, so that less is padded."""
-    ignore_index: int = 255
+    ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
     """`semantic` only: the mask value that is neither trained nor evaluated."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do with an image that cannot be decoded: stop, or leave it out (deterministic, and counted)."""
     allow_leak: bool = False
     """`true`: some images of `train` may be in `val`, too. (A val split made of nothing else needs no leave: it shows
     whether a head can learn them by heart.)"""
-    max_pixels: int = 89_478_485
+    max_pixels: PositiveInt = 89_478_485
     """Refuse larger images, from their header and before decoding (Pillow's limit, 1024³ / 4 / 3 pixels)."""
 
 
-@dataclass
-class HeadConfig:
-    """The keys that every head takes; each head's own dataclass adds its arguments."""
+class HeadConfig(Section):
+    """The keys that every head takes; each head's own Config adds its arguments."""
 
     type: str
     """A name in `HEADS`, or `package.module:Class`."""
     data: str
     """The data source that this head learns from; heads that name the same one share its batches."""
-    loss_weight: float = 1.0
+    loss_weight: NonNegativeFloat = 1.0
     """Factor on all losses of this head."""
-    threshold: float = 0.5
+    threshold: Share = 0.5
     """Least score of what is drawn and of `tools/predict.py`'s default output; evaluation does not use it."""
     allow_random: bool = False
     """`true`: let a head that is never trained keep its random weights."""
 
 
-@dataclass
-class PhaseConfig:
+class PhaseConfig(Section):
     """A stretch of the run with one set of frozen parts."""
 
-    steps: int | None = None
+    steps: PositiveInt | None = None
     """Length in optimizer steps; only the last phase may leave it out."""
-    freeze: list[str] = field(default_factory=list)
+    freeze: list[str] = []
     """Submodules frozen in this phase: `backbone.stem`, `neck`, `heads.<name>`, …"""
 
 
-@dataclass
-class TrainConfig:
+class TrainConfig(Section):
     """The loop."""
 
-    steps: int | None = None
+    steps: PositiveInt | None = None
     """Optimizer steps. Give this or `epochs`."""
-    epochs: float | None = None
+    epochs: PositiveFloat | None = None
     """Passes over the data (over every data source at least) instead of `steps`."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Images per optimizer step over all processes: the number of processes never changes what is learned."""
-    workers: int = 4
+    workers: NonNegativeInt = 4
     """DataLoader worker processes of each process; 0 loads in the training process."""
     precision: Literal["fp32", "fp64", "bf16", "fp16"] = "fp32"
     """`bf16`, `fp16`: autocast with fp32 weights. `fp64`: all in double, for proofs."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Forward and backward passes that one optimizer step is split into."""
-    grad_clip: float | None = None
+    grad_clip: PositiveFloat | None = None
     """Largest L2 norm of the gradient of everything that is trained; `null`: no clipping."""
     cache_features: Literal["off", "memory", "disk", "auto"] = "off"
     """Store what the frozen part puts out, once: `memory`, `disk`, or `auto` (if it fits and pays; says why if not)."""
@@ -153,7 +233,7 @@ class TrainConfig:
     cache_dir: str | None = None
     """Where `disk` stores features; runs on the same frozen weights and images share them. `null`: `feature_cache`
     beside `output_dir`."""
-    cache_limit_gb: float = 16.0
+    cache_limit_gb: PositiveFloat = 16.0
     """Most space that the features of a phase may take, in GB (10⁹ bytes)."""
     fold_frozen: Literal["auto", "off"] = "auto"
     """`auto`: training steps compute the frozen prefix with convolution and norm folded into copies."""
@@ -161,66 +241,62 @@ class TrainConfig:
     """Training steps run backbone and neck through `torch.compile`; a line says so where that fails."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop the run, or skip the step (no weight, average or statistic moves)."""
-    max_skipped: int = 10
+    max_skipped: PositiveInt = 10
     """`on_nonfinite: skip`: stop after this many skipped steps in a row."""
-    timeout_s: float = 300.0
+    timeout_s: PositiveFloat = 300.0
     """Seconds that a process waits for the others before the run ends with an error."""
 
 
-@dataclass
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """Update rule; the parameter groups follow module types and names."""
 
     type: Literal["sgd", "adamw"] = "sgd"
     """`sgd` (with momentum) or `adamw`."""
-    lr: float = 0.02
+    lr: PositiveFloat = 0.02
     """Learning rate for the whole `train.batch_size`."""
-    momentum: float = 0.9
+    momentum: BelowOne = 0.9
     """SGD's momentum."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """AdamW's coefficients."""
-    weight_decay: float = 1.0e-4
+    weight_decay: NonNegativeFloat = 1.0e-4
     """Weight decay of convolution and linear weights."""
-    norm_weight_decay: float = 0.0
+    norm_weight_decay: NonNegativeFloat = 0.0
     """Weight decay of norm weights and of all biases, found by module type."""
-    lr_mult: dict[str, float] = field(default_factory=dict)
+    lr_mult: dict[str, Annotated[float, AfterValidator(_above_zero)]] = {}
     """Learning-rate factor by submodule name (`backbone: 0.1`); the longest matching name counts. To stop a part,
     freeze it."""
 
 
-@dataclass
-class ScheduleConfig:
+class ScheduleConfig(Section):
     """Learning rate as a pure function of the step."""
 
     type: Literal["multistep", "cosine", "constant"] = "multistep"
     """`multistep`: times `gamma` at each milestone; `cosine`: to zero at the last step; `constant`."""
-    milestones: list[int] = field(default_factory=list)
+    milestones: Annotated[list[PositiveInt], AfterValidator(_ascending)] = []
     """`multistep`: the steps at which the rate drops."""
-    gamma: float = 0.1
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     """`multistep`: the factor of each drop."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Linear warm-up from 1/1000 of the rate over this many steps."""
 
 
-@dataclass
-class EmaConfig:
+class EmaConfig(Section):
     """Exponential moving average of what is trained."""
 
-    decay: float = 0.9998
+    decay: BelowOne = 0.9998
     """Weight of the old average at each optimizer step, below 1."""
-    warmup_steps: int = 2000
+    warmup_steps: NonNegativeInt = 2000
     """The decay of update u is decay · (1 - exp(-u / warmup_steps)); 0: the full decay at once."""
 
 
-@dataclass
-class EvalConfig:
+class EvalConfig(Section):
     """When and how to evaluate during training."""
 
-    every: int | None = None
+    every: PositiveInt | None = None
     """Every so many steps; the last step is always evaluated. `null`: only then."""
     weights: Literal["ema", "model", "both"] | None = None
     """Which weights to evaluate; `null`: `ema` if there is one, else `model`."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Images per evaluation batch of a process. Groups are formed the same for any number of processes."""
     engine: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """What computes COCO AP; both give the same numbers."""
@@ -229,34 +305,31 @@ class EvalConfig:
     trained and has a val split."""
 
 
-@dataclass
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """When to save."""
 
-    every: int | None = None
+    every: PositiveInt | None = None
     """Every so many steps; the last step is always saved. `null`: as `eval.every`, or only the last."""
-    keep: int = 3
+    keep: Annotated[int, Field(ge=2)] = 3
     """How many step checkpoints to keep (≥ 2); `last.pt` and `best.pt` come on top."""
 
 
-@dataclass
-class LogConfig:
+class LogConfig(Section):
     """What a person sees."""
 
-    every: int = 20
+    every: PositiveInt = 20
     """Write `metrics.jsonl`, TensorBoard and the terminal every so many steps."""
-    images: int = 8
+    images: NonNegativeInt = 8
     """How many validation images to draw at each evaluation; 0: none."""
-    to: list[str] = field(default_factory=lambda: ["metrics", "tensorboard"])
+    to: list[str] = ["metrics", "tensorboard"]
     """Where numbers and pictures go: `metrics` (metrics.jsonl, always named: a resumed run reads it), `tensorboard`,
     or `package.module:Class` for a writer of one's own."""
 
 
-@dataclass
-class Config:
+class Config(Section):
     """A whole run."""
 
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Sample order, augmentation and weights all follow from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA if there is one."""
@@ -264,33 +337,33 @@ class Config:
     """The run folder."""
     init_from: str | None = None
     """A checkpoint: every matching tensor starts from it; heads it lacks start fresh; a report says which."""
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    backbone: BackboneConfig = BackboneConfig()
     """See `backbone`."""
-    neck: NeckConfig = field(default_factory=NeckConfig)
+    neck: NeckConfig = NeckConfig()
     """See `neck`."""
-    data: dict[str, DataConfig] = field(default_factory=dict)
+    data: dict[str, DataConfig] = {}
     """The data sources by name."""
-    heads: dict[str, Any] = field(default_factory=dict)
-    """The branches by name: `{type, data, …the head's own arguments}`; after loading, each is its head's config
-    dataclass."""
-    inherited_heads: list[str] = field(default_factory=list)
+    heads: dict[str, Any] = {}
+    """The branches by name: `{type, data, …the head's own arguments}`; after loading, each is its head's
+    Config."""
+    inherited_heads: list[str] = []
     """Filled in by the run: heads of `init_from` that the file does not list. They are kept to the bit, and evaluated
     by `tools/eval.py` alone."""
-    freeze: list[str] = field(default_factory=list)
+    freeze: list[str] = []
     """Submodules frozen for the whole run. Give this or `phases`."""
-    phases: list[PhaseConfig] = field(default_factory=list)
+    phases: list[PhaseConfig] = []
     """Phases in order, each with its own `freeze`."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = TrainConfig()
     """See `train`."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = OptimizerConfig()
     """See `optimizer`."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: ScheduleConfig = ScheduleConfig()
     """See `schedule`."""
-    ema: EmaConfig | None = field(default_factory=EmaConfig)
+    ema: EmaConfig | None = EmaConfig()
     """See `ema`; `null`: no average."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: EvalConfig = EvalConfig()
     """See `eval`."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: CheckpointConfig = CheckpointConfig()
     """See `checkpoint`."""
-    log: LogConfig = field(default_factory=LogConfig)
+    log: LogConfig = LogConfig()
     """See `log`."""

@@ -73,7 +73,7 @@ class Evaluator(Protocol):
 class Head(nn.Module):
     """A branch on shared features.
 
-    Subclasses set `Config` (a HeadConfig dataclass with a doc line per field), `needs` and `main_metric`, and fill in
+    Subclasses set `Config` (type, range and a doc line for each of its keys), `needs` and `main_metric`, and fill in
     the methods. `forward` + `loss` run in training, `forward` + `decode` in evaluation; none looks at `self.training`,
     which is for norms and dropout alone. Every parameter of the head must take part in every loss, also for a batch
     without objects. Loss sums are divided by `shared_count` (detbb/distributed/collectives.py), so that the number of

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detbb.config.schema import HeadConfig
+from detbb.config.schema import BelowOne, HeadConfig
 from detbb.core.errors import UserError
 from detbb.distributed.collectives import shared_count
 from detbb.heads.base import Evaluator, Head, HeadSpec
@@ -20,15 +18,14 @@ from detbb.structures.batch import Batch, ImageSize
 from detbb.structures.predictions import Predictions
 
 
-@dataclass
 class ClassifyConfig(HeadConfig):
     """A linear classifier on averaged features."""
 
-    levels: list[str] = field(default_factory=lambda: ["p5"])
+    levels: list[str] = ["p5"]
     """Feature levels (`layer4` with `neck: {type: none}`); of several, the logits are summed."""
     multi_label: bool = False
     """`false`: each image shows exactly one class (softmax); `true`: any number of them (sigmoids)."""
-    dropout: float = 0.0
+    dropout: BelowOne = 0.0
     """Share of feature channels that are zeroed in training."""
 
 

@@ -7,16 +7,16 @@ Shapes: B images, N anchors over all levels, C classes, M boxes of the batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from detbb.config.schema import HeadConfig, Norm
+from detbb.config.schema import HeadConfig, Norm, Share
 from detbb.heads.base import Evaluator, Head, HeadSpec
 from detbb.metrics.evaluators import CocoEvaluator
 from detbb.modeling.norm import norm_layer
@@ -28,13 +28,12 @@ from detbb.structures.predictions import Predictions
 CACHED_ELEMENTS = 1 << 17  # of a tensor, for a chain of operations to find it in a core's cache
 
 
-@dataclass
 class DenseConfig(HeadConfig):
     """The keys of heads that predict boxes at every cell."""
 
-    levels: list[str] = field(default_factory=lambda: ["p3", "p4", "p5", "p6", "p7"])
+    levels: list[str] = ["p3", "p4", "p5", "p6", "p7"]
     """Feature levels, all with the same number of channels."""
-    num_convs: int = 4
+    num_convs: NonNegativeInt = 4
     """3×3 convolutions in the classification tower and in the box tower."""
     norm: Norm | None = None
     """The norm after each of them; `null`: none."""
@@ -42,19 +41,19 @@ class DenseConfig(HeadConfig):
     """`true`: running statistics stay fixed in this head."""
     norm_affine: bool = True
     """`false`: norm weight and bias are not trained in this head."""
-    prior_probability: float = 0.01
+    prior_probability: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Score of every class that the fresh head starts with (focal loss, section 4.1)."""
-    focal_alpha: float = 0.25
+    focal_alpha: Share = 0.25
     """Focal loss: weight of positives, in [0, 1]; negatives have 1 - alpha."""
-    focal_gamma: float = 2.0
+    focal_gamma: NonNegativeFloat = 2.0
     """Focal loss: how strongly well-classified anchors are weighed down."""
-    score_threshold: float = 0.05
+    score_threshold: Share = 0.05
     """Least score that enters NMS, in evaluation too."""
-    nms_threshold: float = 0.5
+    nms_threshold: Share = 0.5
     """IoU above which NMS drops the lower-scored of two boxes of one class."""
-    topk_candidates: int = 1000
+    topk_candidates: PositiveInt = 1000
     """How many best (cell, class) pairs of each level enter NMS."""
-    detections_per_image: int = 100
+    detections_per_image: PositiveInt = 100
     """How many detections are kept after NMS."""
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
+from detbb.config.schema import Share, at_most
 from detbb.core.errors import UserError
 from detbb.heads.base import Evaluator, Head, HeadSpec
 from detbb.heads.rpn import SMOOTH_L1_BETA, Rpn, RpnConfig, RpnOutput, count_for
@@ -26,40 +28,38 @@ from detbb.structures.batch import Batch, ImageSize, Target
 from detbb.structures.predictions import Predictions
 
 
-@dataclass
 class TwoStageConfig(RpnConfig):
     """What all two-stage heads take."""
 
-    roi_levels: list[str] = field(default_factory=lambda: ["p2", "p3", "p4", "p5"])
+    roi_levels: list[str] = ["p2", "p3", "p4", "p5"]
     """Feature levels that RoIs are read from, finest first, each at half the resolution of the one before; a larger RoI
     is read from a coarser level (FPN, equation 1)."""
-    roi_sampling_ratio: int = 2
+    roi_sampling_ratio: NonNegativeInt = 2
     """RoIAlign: sampling points per bin and side; 0: as many as the RoI has cells."""
-    box_resolution: int = 7
+    box_resolution: PositiveInt = 7
     """Height and width of the features that an RoI's box is predicted from."""
-    box_foreground_iou: float = 0.5
+    box_foreground_iou: Share = 0.5
     """Proposals with at least this IoU to a box are positive."""
-    box_background_iou: float = 0.5
+    box_background_iou: Annotated[Share, at_most("box_foreground_iou")] = 0.5
     """Proposals with less than this IoU to all boxes are negative; those in between are not trained."""
-    box_samples: int = 512
+    box_samples: PositiveInt = 512
     """Proposals per image that are trained."""
-    box_positive_fraction: float = 0.25
+    box_positive_fraction: Share = 0.25
     """Largest share of positives among them."""
-    box_delta_weights: list[float] = field(default_factory=lambda: [10.0, 10.0, 5.0, 5.0])
+    box_delta_weights: Annotated[list[PositiveFloat], Field(min_length=4, max_length=4)] = [10.0, 10.0, 5.0, 5.0]
     """Factors on the regression targets dx, dy, dw, dh."""
-    score_threshold: float = 0.05
+    score_threshold: Share = 0.05
     """Least score of a detection."""
-    nms_threshold: float = 0.5
+    nms_threshold: Share = 0.5
     """IoU above which the lower scored of two detections of a class is dropped."""
-    detections_per_image: int = 100
+    detections_per_image: PositiveInt = 100
     """Most detections per image."""
 
 
-@dataclass
 class FasterRcnnConfig(TwoStageConfig):
     """Faster R-CNN with an FPN."""
 
-    box_channels: int = 1024
+    box_channels: PositiveInt = 1024
     """Width of the two hidden layers between an RoI's features and its box."""
 
 

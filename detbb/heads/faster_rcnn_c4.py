@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 
+from detbb.config.schema import NonEmpty
 from detbb.heads.base import HeadSpec
 from detbb.heads.faster_rcnn import TwoStageConfig, TwoStageHead
 from detbb.modeling.backbones.resnet import build_resnet_c4
@@ -15,21 +16,20 @@ from detbb.modeling.norm import norm_layer
 from detbb.modeling.weights import load_part
 
 
-@dataclass
 class FasterRcnnC4Config(TwoStageConfig):
     """Faster R-CNN on `layer3`, with its own `layer4`; goes with `neck: {type: none}`."""
 
-    levels: list[str] = field(default_factory=lambda: ["layer3"])
+    levels: list[str] = ["layer3"]
     """Feature level that proposals are made on."""
-    roi_levels: list[str] = field(default_factory=lambda: ["layer3"])
+    roi_levels: list[str] = ["layer3"]
     """Feature level that RoIs are read from."""
-    anchor_sizes: list[list[float]] = field(default_factory=lambda: [[32.0, 64.0, 128.0, 256.0, 512.0]])
+    anchor_sizes: NonEmpty[NonEmpty[PositiveFloat]] = [[32.0, 64.0, 128.0, 256.0, 512.0]]
     """Anchor sizes of each level: square roots of areas, in pixels of the resized image."""
-    rpn_pre_nms_train: int = 12000
+    rpn_pre_nms_train: PositiveInt = 12000
     """Training: the highest scored anchors that go into NMS."""
-    rpn_pre_nms_test: int = 6000
+    rpn_pre_nms_test: PositiveInt = 6000
     """Evaluation: the highest scored anchors that go into NMS."""
-    box_resolution: int = 14
+    box_resolution: PositiveInt = 14
     """Height and width of the features that `layer4` gets for an RoI; it halves them."""
 
 

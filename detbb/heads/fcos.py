@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegressionHead
 
-from detbb.config.schema import Norm
+from detbb.config.schema import Norm, Share
 from detbb.distributed.collectives import shared_count
 from detbb.heads.base import HeadSpec
 from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, Grid, batch_boxes, giou_loss, tower_norm
@@ -22,15 +22,14 @@ from detbb.modeling.precision import at_least_fp32
 from detbb.structures.batch import Batch, ImageSize
 
 
-@dataclass
 class FcosConfig(DenseConfig):
     """FCOS on FPN levels; the defaults are torchvision's `fcos_resnet50_fpn`, evaluated from score 0.05 on."""
 
     norm: Norm | None = "gn"
     """The norm after each tower convolution; `null`: none."""
-    nms_threshold: float = 0.6
+    nms_threshold: Share = 0.6
     """IoU above which NMS drops the lower-scored of two boxes of one class."""
-    center_sampling_radius: float = 1.5
+    center_sampling_radius: PositiveFloat = 1.5
     """A cell learns a box only this near to the box centre, in strides, along each axis."""
 
 

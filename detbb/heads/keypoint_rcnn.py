@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.roi_heads import keypointrcnn_inference, keypoints_to_heatmap
 
+from detbb.config.schema import NonEmpty
 from detbb.core.errors import UserError
 from detbb.heads.base import HeadSpec
 from detbb.heads.faster_rcnn import FasterRcnnConfig, FasterRcnnHead, Rois, roi_align
@@ -20,13 +21,12 @@ from detbb.structures.batch import Target
 from detbb.structures.predictions import Predictions
 
 
-@dataclass
 class KeypointRcnnConfig(FasterRcnnConfig):
     """Keypoint R-CNN with an FPN."""
 
-    keypoint_channels: list[int] = field(default_factory=lambda: [512] * 8)
+    keypoint_channels: NonEmpty[PositiveInt] = [512] * 8
     """Channels of the keypoint branch's convolutions, in order."""
-    keypoint_resolution: int = 14
+    keypoint_resolution: PositiveInt = 14
     """Height and width of the features that a keypoint is predicted from; its heat map has four times as many."""
 
 

@@ -12,16 +12,19 @@ from detbb.data.formats import find_format, known_format
 from detbb.heads import find_head, known_head
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Config:
-    """The checked configuration of a YAML file and `key=value` overrides; `heads` holds each head's own section.
+def load_config(
+    source: str | Path | dict[str, Any] | Config, overrides: Sequence[str] = (), *, world_size: int | None = None
+) -> Config:
+    """The checked configuration of a YAML file, a dict or a Config, and `key=value` overrides.
 
-    The file may name one parent, `base: other.yaml` (relative to it), which has none itself. `${oc.env:NAME,default}`
-    and `${other.key}` are resolved; a variable that looks like a secret is refused, since the result is stored.
+    `heads` holds each head's own section. `base: other.yaml` names a parent (relative to the file that says so), which
+    may have one itself. `${oc.env:NAME,default}` and `${other.key}` are resolved; a variable that looks like a secret
+    is refused, since the result is stored.
     world_size: processes that the batch size must divide among; None: torchrun's `WORLD_SIZE`.
 
-    Raises: UserError: one line.
+    Raises: UserError: one line with all mistakes.
     """
-    return loading.load_config(path, overrides, find_head=find_head, find_format=find_format, world_size=world_size)
+    return loading.load_config(source, overrides, find_head=find_head, find_format=find_format, world_size=world_size)
 
 
 def config_from_dict(values: dict[str, Any], origin: str, *, overrides: Sequence[str] = ()) -> Config:

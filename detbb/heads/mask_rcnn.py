@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_inference, project_masks_on_boxes
 
+from detbb.config.schema import NonEmpty
 from detbb.heads.base import HeadSpec
 from detbb.heads.faster_rcnn import FasterRcnnConfig, FasterRcnnHead, Rois, roi_align
 from detbb.heads.rpn import count_for
@@ -19,13 +20,12 @@ from detbb.structures.batch import Target
 from detbb.structures.predictions import Predictions
 
 
-@dataclass
 class MaskRcnnConfig(FasterRcnnConfig):
     """Mask R-CNN with an FPN."""
 
-    mask_channels: list[int] = field(default_factory=lambda: [256, 256, 256, 256])
+    mask_channels: NonEmpty[PositiveInt] = [256, 256, 256, 256]
     """Channels of the mask branch's convolutions, in order."""
-    mask_resolution: int = 14
+    mask_resolution: PositiveInt = 14
     """Height and width of the features that a mask is predicted from; the mask has twice as many cells a side."""
 
 

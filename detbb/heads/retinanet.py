@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
 from torchvision.ops import box_iou
 
+from detbb.config.schema import Share, at_most
 from detbb.core.errors import UserError
 from detbb.distributed.collectives import shared_count
 from detbb.heads.base import HeadSpec
@@ -21,13 +22,12 @@ from detbb.structures.batch import Batch, ImageSize
 BACKGROUND, IGNORED = -1, -2
 
 
-@dataclass
 class RetinaNetConfig(DenseConfig):
     """RetinaNet on FPN levels; the defaults are torchvision's, but 100 detections an image."""
 
-    foreground_iou: float = 0.5
+    foreground_iou: Share = 0.5
     """Anchors learn the box that they overlap by at least this IoU; each box's best anchors learn it in any case."""
-    background_iou: float = 0.4
+    background_iou: Annotated[Share, at_most("foreground_iou")] = 0.4
     """Anchors that overlap every box less than this learn background; those in between learn nothing."""
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 
-from detbb.config.schema import HeadConfig
+from detbb.config.schema import HeadConfig, NonEmpty, Share, at_most
 from detbb.core.errors import UserError
 from detbb.distributed.collectives import shared_count
 from detbb.heads.base import HeadSpec
@@ -22,33 +23,32 @@ from detbb.structures.batch import ImageSize, Target
 SMOOTH_L1_BETA = 1 / 9  # torchvision's, for both stages
 
 
-@dataclass
 class RpnConfig(HeadConfig):
     """What all two-stage heads take for their first stage."""
 
-    levels: list[str] = field(default_factory=lambda: ["p2", "p3", "p4", "p5", "pool"])
+    levels: list[str] = ["p2", "p3", "p4", "p5", "pool"]
     """Feature levels that proposals are made on, finest first."""
-    anchor_sizes: list[list[float]] = field(default_factory=lambda: [[32.0], [64.0], [128.0], [256.0], [512.0]])
+    anchor_sizes: NonEmpty[NonEmpty[PositiveFloat]] = [[32.0], [64.0], [128.0], [256.0], [512.0]]
     """Anchor sizes of each level: square roots of areas, in pixels of the resized image."""
-    anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    anchor_ratios: NonEmpty[PositiveFloat] = [0.5, 1.0, 2.0]
     """Height over width of the anchors, on every level."""
-    rpn_pre_nms_train: int = 2000
+    rpn_pre_nms_train: PositiveInt = 2000
     """Training: the highest scored anchors of each level that go into NMS."""
-    rpn_post_nms_train: int = 2000
+    rpn_post_nms_train: PositiveInt = 2000
     """Training: proposals per image after NMS."""
-    rpn_pre_nms_test: int = 1000
+    rpn_pre_nms_test: PositiveInt = 1000
     """Evaluation: the highest scored anchors of each level that go into NMS."""
-    rpn_post_nms_test: int = 1000
+    rpn_post_nms_test: PositiveInt = 1000
     """Evaluation: proposals per image after NMS."""
-    rpn_nms_threshold: float = 0.7
+    rpn_nms_threshold: Share = 0.7
     """IoU above which the lower scored of two proposals of a level is dropped."""
-    rpn_foreground_iou: float = 0.7
+    rpn_foreground_iou: Share = 0.7
     """Anchors with at least this IoU to a box are positive (and the best anchors of each box)."""
-    rpn_background_iou: float = 0.3
+    rpn_background_iou: Annotated[Share, at_most("rpn_foreground_iou")] = 0.3
     """Anchors with less than this IoU to all boxes are negative; those in between are not trained."""
-    rpn_samples: int = 256
+    rpn_samples: PositiveInt = 256
     """Anchors per image that are trained."""
-    rpn_positive_fraction: float = 0.5
+    rpn_positive_fraction: Share = 0.5
     """Largest share of positives among them."""
 
 

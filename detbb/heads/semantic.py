@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
@@ -22,13 +22,12 @@ from detbb.structures.batch import Batch, ImageSize
 from detbb.structures.predictions import Predictions
 
 
-@dataclass
 class SemanticConfig(HeadConfig):
     """A small fully convolutional head that sums several levels."""
 
-    levels: list[str] = field(default_factory=lambda: ["p3", "p4", "p5"])
+    levels: list[str] = ["p3", "p4", "p5"]
     """Feature levels; the finest one sets the resolution of the logits."""
-    channels: int = 128
+    channels: PositiveInt = 128
     """Channels of each level's convolution."""
     norm: Norm | None = "gn"
     """The norm after each convolution; `null`: none."""

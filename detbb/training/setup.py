@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection
-from typing import NoReturn
 
 import torch
 
@@ -90,12 +89,11 @@ def total_steps(config: Config, train: dict[str, Annotations]) -> int:
     turns = sum(config.data[name].weight for name in train)
     longest = max(len(a) * turns / config.data[name].weight for name, a in train.items())
     steps = math.ceil(config.train.epochs * longest / config.train.batch_size)
-    check_schedule(config.schedule, steps, f"the {steps} steps of train.epochs {config.train.epochs:g}", _fail)
+    if wrong := list(
+        check_schedule(config.schedule, steps, f"the {steps} steps of train.epochs {config.train.epochs:g}")
+    ):
+        raise UserError("; ".join(f"{key} {message}" for key, message in wrong))
     return steps
-
-
-def _fail(at: str, message: str) -> NoReturn:
-    raise UserError(f"{at} {message}")
 
 
 def start_detector(
@@ -156,8 +154,8 @@ def refuse_random(config: Config, phases: list[Phase], detector: Detector, rando
     frozen_norms = [n for n, m in detector.backbone.named_modules() if isinstance(m, FrozenBatchNorm2d)]
     if frozen_norms and not config.backbone.allow_random and f"backbone.{frozen_norms[0]}.running_mean" in random:
         raise UserError(
-            "backbone.norm: 'frozen_bn' on random weights normalises nothing (mean 0, variance 1 for good); give "
-            "backbone.weights, use bn, sync_bn or gn, or say backbone.allow_random: true"
+            "backbone.norm: 'frozen_bn' on random weights normalises nothing (mean 0, variance 1 for good); write "
+            "backbone.norm: bn (or gn), or give backbone.weights (imagenet or a file), or set backbone.allow_random"
         )
     return warnings
 

@@ -6,18 +6,16 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 from detbb.heads.base import HeadSpec
 from detbb.heads.fcos import FcosConfig, FcosHead
 
 
-@dataclass
 class FaultyConfig(FcosConfig):
     """FCOS with faults."""
 
-    faults: list[str] = field(default_factory=list)
+    faults: list[str] = []
     """For each start of the job in turn: `<what>@<number of the loss computed since then>`; what happens on rank 1."""
 
 

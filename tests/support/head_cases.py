@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ def make_spec(classes: tuple[str, ...] = CLASSES, *, channels: int = 64) -> Head
 def make_head(head_type: type[Head], spec: HeadSpec | None = None, **arguments: Any) -> Any:
     """A small head with random weights whose scores differ clearly."""
     torch.manual_seed(0)
-    known = {f.name for f in fields(head_type.Config)}
+    known = set(head_type.Config.model_fields)
     arguments = {k: v for k, v in SMALL.items() if k in known} | arguments
     head = head_type(head_type.Config(type="x", data="d", **arguments), spec or make_spec())
     for name, tensor in head.state_dict().items():

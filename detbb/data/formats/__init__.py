@@ -106,7 +106,7 @@ def _request(
     else:
         classes = classes or source.classes
     if data_format.generated:
-        config = SplitConfig(config.images or "data/shapes", config.annotations or "")
+        config = SplitConfig(images=config.images or "data/shapes", annotations=config.annotations or "")
     if not config.images or config.annotations is None:
         missing = "annotations" if config.images else "images"
         raise UserError(f"`{missing}` is missing; format {source.format} needs both")
