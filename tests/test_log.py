@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from detbb.config.phases import Phase
+from detbb.report.freeze_report import Row, table
 from detbb.report.log import RunLog, summary_table
 from detbb.report.writers import read_evaluations
 
@@ -106,3 +108,17 @@ def test_summary_shows_each_branch_and_each_class() -> None:
     assert "step 9 metrics" in rows and "objects/bbox 50.0 80.0" in rows and "scene/sem 61.0" in rows
     assert "count 3.0" in rows
     assert "objects · red-cell 12.3" in rows and "scene · sky/blue 99.0" in rows
+
+
+def test_freeze_table_is_whole_at_80_columns_and_its_numbers_are_numbers() -> None:
+    module, rates = "backbone.layer4", [0.0, 0.05]
+    row = Row(module, 14_964_736, 14_964_736, "FrozenBatchNorm2d", "moving", "trained", 1e-6, rates, "yes")
+    shown = {}
+    for width in (80, 140):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(table(Phase(0, 0, 160, ("backbone.stem",)), [row]))
+        shown[width] = console.file.getvalue()
+        assert max(map(len, shown[width].splitlines())) <= width and "…" not in shown[width]
+        texts = ["phase 0: steps 0 to 160, frozen: backbone.stem", module, "14,964,736", "FrozenBN", "moving", "1e-06"]
+        assert [text for text in texts if text not in shown[width]] == []
+    assert "0, 0.05" in shown[140] and "0, 0.05" not in shown[80]

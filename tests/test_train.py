@@ -123,6 +123,7 @@ def test_the_freeze_journal_has_every_phase_with_its_digests(whole):
     modules = {row["module"]: row for row in phases[0]["modules"]}
     assert modules["backbone.layer1"]["trained"] == 0 and modules["backbone.layer1"]["statistics"] == "fixed"
     assert modules["heads.shapes"]["ema"] == "yes" and modules["neck"]["ema"] == "no"
+    assert modules["heads.shapes"]["lr"] > 0 and modules["neck"]["lr"] is None
 
 
 def test_eval_of_best_gives_exactly_the_logged_numbers(whole, tmp_path):

@@ -1,23 +1,31 @@
-"""The freeze report: what is trained, what rests, and what does not fit together."""
+"""The freeze report: what is trained, what is frozen, and what does not fit together."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
+from rich import box
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 
 from detbb.config.phases import Phase
 from detbb.core.errors import UserError
 from detbb.core.files import write_atomically
-from detbb.core.schema import find_error
 from detbb.detector import Detector
 from detbb.freeze import frozen_names, parts, resolve, tensors_of
 from detbb.modeling.norm import has_running_stats, norm_modules
+
+Numbers = (
+    float | list[float] | None
+)  # one for all parameters of a module, or each that occurs; None: nothing is trained
+
+_SHORT = {"BatchNorm2d": "BN", "FrozenBatchNorm2d": "FrozenBN", "SyncBatchNorm": "SyncBN", "GroupNorm": "GN"}
+_WIDE = 110  # columns; below it the table leaves out what a glance at the freezing does not need
 
 
 @dataclass(frozen=True)
@@ -30,18 +38,18 @@ class Row:
     norm: str  # types, "-" without norms
     statistics: str  # moving | fixed | mixed | -
     affine: str  # trained | fixed | mixed | -
-    lr: str
-    weight_decay: str
+    lr: Numbers  # after warm-up
+    weight_decay: Numbers
     ema: str  # yes | no | mixed
 
 
 def rows(detector: Detector, optimizer: torch.optim.Optimizer, *, lr: float, averaged: Sequence[str]) -> list[Row]:
     """A row for the stem, each stage, the neck and each head.
 
-    lr: the base learning rate at this point; averaged: the names that the EMA holds.
+    lr: the base learning rate at the start of the phase, as if warm-up were over; averaged: the names that the EMA
+    holds.
     """
     groups = {name: group for group in optimizer.param_groups for name in group["names"]}
-    held = set(averaged)
     found = []
     for part in parts(detector):
         if part == "backbone":
@@ -50,17 +58,19 @@ def rows(detector: Detector, optimizer: torch.optim.Optimizer, *, lr: float, ave
         named = [(f"{prefix}.{n}", p) for prefix, m in modules for n, p in m.named_parameters()]
         norms = [norm for _, m in modules for _, norm in norm_modules(m)]
         in_groups = [groups[n] for n, _ in named if n in groups]
+        moving = [norm.training and has_running_stats(norm) for norm in norms if hasattr(norm, "running_mean")]
+        affine = [any(p.requires_grad for p in norm.parameters()) for norm in norms]
         found.append(
             Row(
                 part,
-                sum(p.numel() for _, p in named if p.requires_grad),
-                sum(p.numel() for _, p in named),
-                "+".join(sorted({type(m).__name__ for m in norms})) or "-",
-                _either([_moves(m) for m in norms if hasattr(m, "running_mean")], "moving", "fixed"),
-                _either([_affine(m) for m in norms], "trained", "fixed"),
-                _numbers({g["lr_mult"] * lr for g in in_groups}),
-                _numbers({g["weight_decay"] for g in in_groups}),
-                _either([n in held for n, _ in named], "yes", "no"),
+                trained=sum(p.numel() for _, p in named if p.requires_grad),
+                total=sum(p.numel() for _, p in named),
+                norm="+".join(sorted({type(m).__name__ for m in norms})) or "-",
+                statistics=_either(moving, "moving", "fixed"),
+                affine=_either(affine, "trained", "fixed"),
+                lr=_numbers(g["lr_mult"] * lr for g in in_groups),
+                weight_decay=_numbers(g["weight_decay"] for g in in_groups),
+                ema=_either([n in averaged for n, _ in named], "yes", "no"),
             )
         )
     return found
@@ -77,93 +87,121 @@ def findings(detector: Detector, phase: Phase) -> list[str]:
         elif tensors[name] <= others or name in phase.freeze[:index]:
             lines.append(f"freeze {name}: matches nothing new, the other names cover it")
     frozen = set(frozen_names(detector))
-    rest = [f"heads.{name}" for name in detector.heads if tensors_of(detector, f"heads.{name}") <= frozen]
-    moving = [part for part in ("backbone", "neck") if not tensors_of(detector, part) <= frozen]
-    if rest and moving:
+    heads = [f"heads.{name}" for name in detector.heads if tensors_of(detector, f"heads.{name}") <= frozen]
+    trained = [part for part in ("backbone", "neck") if not tensors_of(detector, part) <= frozen]
+    if heads and trained:
         lines.append(
-            f"{', '.join(rest)}: frozen while {' and '.join(moving)} is trained, so its predictions may change"
+            f"{', '.join(heads)}: frozen while {' and '.join(trained)} is trained, so its predictions may change"
         )
     return lines
 
 
-def table(phase: Phase, report: Sequence[Row]) -> Table:
-    made = Table(
-        title=f"phase {phase.index}: steps {phase.start} to {phase.end}, frozen: {_names(phase)}", title_justify="left"
-    )
-    for title in ("module", "trained", "total", "norm", "statistics", "affine", "lr", "weight decay", "ema"):
-        made.add_column(title, justify="right" if title in ("trained", "total") else "left")
-    for row in report:
-        made.add_row(*(f"{v:,}" if isinstance(v, int) else v for v in asdict(row).values()))
-    return made
+@dataclass(frozen=True)
+class PhaseTable:
+    """The report as a table that fits its console: below 110 columns without weight decay and average."""
+
+    title: str
+    rows: Sequence[Row]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Table]:
+        wide = options.max_width >= _WIDE
+        made = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        made.add_column("module", no_wrap=True)
+        for title in ("trained", "of"):
+            made.add_column(title, justify="right", no_wrap=True)
+        for title in ("norm", "statistics", "affine", "lr", *(("weight decay", "ema") if wide else ())):
+            made.add_column(title)
+        for row in self.rows:
+            norm = "+".join(_SHORT.get(name, name) for name in row.norm.split("+"))
+            texts = [row.module, f"{row.trained:,}", f"{row.total:,}", norm, row.statistics, row.affine, _text(row.lr)]
+            made.add_row(*texts, *([_text(row.weight_decay), row.ema] if wide else []))
+        yield made
+
+
+def table(phase: Phase, report: Sequence[Row]) -> PhaseTable:
+    return PhaseTable(_title(phase), report)
 
 
 def markdown(phase: Phase, report: Sequence[Row], notes: Sequence[str]) -> str:
-    """The table for TensorBoard's text tab."""
+    """The table for the writers."""
     titles = list(asdict(report[0])) if report else []
-    lines = [f"phase {phase.index}: steps {phase.start} to {phase.end}, frozen: {_names(phase)}", ""]
-    lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    lines += ["| " + " | ".join(str(v) for v in asdict(row).values()) + " |" for row in report]
+    lines = [_title(phase), "", "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines += ["| " + " | ".join(map(_text, asdict(row).values())) + " |" for row in report]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
 
 
-_FORM = {"phase": int, "digests": {str: str}, "since": {str: int}, "verified": [int], "findings": [str]}
+class Entry(BaseModel, strict=True):
+    """One phase in `freeze.json`."""
+
+    phase: int
+    start: int  # step, inclusive
+    end: int  # step, exclusive
+    freeze: list[str]
+    modules: list[dict[str, Any]]  # the rows
+    findings: list[str]
+    digests: dict[str, str]  # SHA-256 of every frozen tensor
+    since: dict[str, int]  # the step from which on a tensor had its digest
+    verified: list[int]  # the steps at which all digests were compared
+
+
+class _File(BaseModel, strict=True):
+    phases: list[Entry]
 
 
 class FreezeJournal:
-    """`freeze.json`: one entry a phase, with its report, its digests, the step (`since`) from which on a tensor had its
-    digest, and the steps at which the digests were verified.
-    """
+    """`freeze.json`: one entry a phase."""
 
     def __init__(self, path: Path, *, resumed: bool) -> None:
         """Raises: UserError: the journal of the run that is resumed cannot be read."""
         self._path = path
-        self._entries: list[dict[str, Any]] = []
+        self._phases: list[Entry] = []
         if resumed and path.exists():
             try:
-                self._entries = json.loads(path.read_bytes())["phases"]
-                wrong = find_error([{k: entry[k] for k in _FORM} for entry in self._entries], [_FORM])
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
-                wrong = f"{type(error).__name__}: {error}"
-            if wrong:
-                raise UserError(f"{path}: not a freeze journal ({wrong}); move it away to go on without its proof")
+                self._phases = _File.model_validate_json(path.read_bytes()).phases
+            except ValidationError as error:
+                first = error.errors()[0]
+                wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+                raise UserError(
+                    f"{path}: not a freeze journal ({wrong}); move it away to go on without its proof"
+                ) from error
 
     def begin(
         self, phase: Phase, report: Sequence[Row], notes: Sequence[str], *, digests: dict[str, str], step: int
     ) -> None:
         """Enter a phase at `step`; one that was begun before an interruption keeps what was verified."""
-        for entry in self._entries:  # of a run that had gone further than where this one goes on
-            entry["verified"] = [s for s in entry["verified"] if s <= step]
-        before = [e for e in self._entries if e["phase"] <= phase.index and step in e["verified"]][-1:]
-        known = {n: entry["since"][n] for entry in before for n in digests if entry["digests"].get(n) == digests[n]}
-        verified = [e["verified"] for e in self._entries if e["phase"] == phase.index]
-        self._entries = [e for e in self._entries if e["phase"] < phase.index]
-        self._entries.append(
-            {
-                "phase": phase.index,
-                "start": phase.start,
-                "end": phase.end,
-                "freeze": list(phase.freeze),
-                "modules": [asdict(row) for row in report],
-                "findings": list(notes),
-                "digests": digests,
-                "since": {name: known.get(name, step) for name in digests},
-                "verified": verified[0] if verified else [],
-            }
+        for entry in self._phases:  # of a run that had gone further than where this one goes on
+            entry.verified = [s for s in entry.verified if s <= step]
+        before = [entry for entry in self._phases if entry.phase <= phase.index and step in entry.verified][-1:]
+        known = {n: entry.since[n] for entry in before for n in digests if entry.digests.get(n) == digests[n]}
+        verified = [entry.verified for entry in self._phases if entry.phase == phase.index]
+        self._phases = [entry for entry in self._phases if entry.phase < phase.index]
+        self._phases.append(
+            Entry(
+                phase=phase.index,
+                start=phase.start,
+                end=phase.end,
+                freeze=list(phase.freeze),
+                modules=[asdict(row) for row in report],
+                findings=list(notes),
+                digests=digests,
+                since={name: known.get(name, step) for name in digests},
+                verified=verified[0] if verified else [],
+            )
         )
         self._write()
 
     def verified(self, step: int) -> None:
-        steps = self._entries[-1]["verified"]
-        steps[:] = [*(s for s in steps if s < step), step]
+        entry = self._phases[-1]
+        entry.verified = [*(s for s in entry.verified if s < step), step]
         self._write()
 
     def add_finding(self, note: str) -> None:
-        self._entries[-1]["findings"].append(note)
+        self._phases[-1].findings.append(note)
         self._write()
 
     def unchanged(self, detector: Detector) -> list[str]:
         """A line on the tensors that have one and the same digest since the start, and since each later step."""
-        since: dict[str, int] = self._entries[-1]["since"] if self._entries else {}
+        since: dict[str, int] = self._phases[-1].since if self._phases else {}
         tensors = {p: tensors_of(detector, p) for p in parts(detector) if not p.startswith("backbone.")}
         lines = []
         for step in sorted(set(since.values())):
@@ -181,16 +219,8 @@ class FreezeJournal:
         return lines
 
     def _write(self) -> None:
-        text = json.dumps({"phases": self._entries}, indent=1, ensure_ascii=False)
+        text = _File(phases=self._phases).model_dump_json(indent=1)
         write_atomically(self._path, lambda file: file.write(text.encode()))
-
-
-def _moves(norm: torch.nn.Module) -> bool:
-    return norm.training and has_running_stats(norm)
-
-
-def _affine(norm: torch.nn.Module) -> bool:
-    return any(p.requires_grad for p in norm.parameters())
 
 
 def _either(values: Sequence[bool], yes: str, no: str) -> str:
@@ -199,9 +229,17 @@ def _either(values: Sequence[bool], yes: str, no: str) -> str:
     return yes if all(values) else "mixed" if any(values) else no
 
 
-def _numbers(values: set[float]) -> str:
-    return ", ".join(f"{v:g}" for v in sorted(values)) or "-"
+def _numbers(values: Iterable[float]) -> Numbers:
+    different = sorted(set(values))
+    return different if len(different) > 1 else different[0] if different else None
 
 
-def _names(phase: Phase) -> str:
-    return ", ".join(phase.freeze) or "nothing"
+def _text(value: str | int | Numbers) -> str:
+    """As a table shows it."""
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _title(phase: Phase) -> str:
+    return f"phase {phase.index}: steps {phase.start} to {phase.end}, frozen: {', '.join(phase.freeze) or 'nothing'}"

@@ -56,7 +56,7 @@ class RunLog:
         """A line (or a few) on the terminal and in log.txt."""
         self._show(Text(text))
 
-    def table(self, table: Table) -> None:
+    def table(self, table: RenderableType) -> None:
         self._show(table)
 
     def progress(
