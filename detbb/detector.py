@@ -156,6 +156,8 @@ def view(module: AnyModule, replaced: Mapping[str, Tensor] = {}) -> AnyModule:
 def build_detector(config: Config, classes: Mapping[str, Any] | None = None) -> Detector:
     """A detector with fresh weights in train mode, frozen as the first phase says.
 
+        detector = detbb.build_detector(config, {"objects": ["cat", "dog"]})
+
     classes: head name -> ClassList, its dict form, or plain class names; None reads them from the training data.
 
     Raises: UserError: a head asks for levels that backbone and neck do not offer; the data cannot be read.

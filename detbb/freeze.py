@@ -206,9 +206,11 @@ def digest(tensor: Tensor) -> str:
 
 
 def digests(source: nn.Module | Mapping[str, Tensor], names: Iterable[str] | None = None) -> dict[str, str]:
-    """SHA-256 by state-dict name: of a module's frozen tensors, of a whole state dict, or of `names` in either.
+    """SHA-256 (hex) of tensors by state-dict name.
 
-    before = detbb.digests(model)
+        before = detbb.digests(model)
+
+    Of a module's frozen tensors, of a whole state dict, or of `names` in either.
     """
     if isinstance(source, nn.Module):
         names = frozen_names(source) if names is None else names

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import detbb
 from detbb.config.schema import DataConfig
 from detbb.data import images
 from detbb.data.formats import FORMATS, read_split
@@ -94,7 +95,7 @@ def test_data_page_names_every_format_and_everything_that_is_repaired():
 
 def test_evaluation_page_names_every_metric_and_every_head():
     text = page("evaluation")
-    code = (REPOSITORY / "detbb" / "evaluators.py").read_text()
+    code = (REPOSITORY / "detbb" / "metrics" / "evaluators.py").read_text()
     sem = re.findall(r'"(sem/\w+)"', code)
     box = [f"{kind}/AP{tail}" for kind in ("bbox", "segm") for tail in ("", "50", "75", "s", "m", "l", "-<class>")]
     points = [f"keypoints/AP{tail}" for tail in ("", "50", "75", "m", "l", "-<class>")]
@@ -122,3 +123,9 @@ def test_what_was_repaired_is_said_with_the_first_ids(tmp_path: Path):
         "WARNING: data.mine.train: 1 x box of no area (dropped), annotation ids 7",
         "WARNING: data.mine.train: 1 x box outside its image (dropped), annotation ids 9",
     ]
+
+
+@pytest.mark.parametrize("name", detbb.__all__)
+def test_docstring_of_a_public_name_shows_a_call(name: str):
+    value = getattr(detbb, name)
+    assert isinstance(value, dict) or re.search(rf"^ {{8}}.*detbb\.{name}\b", value.__doc__ or "", re.MULTILINE)

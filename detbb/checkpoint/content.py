@@ -235,6 +235,8 @@ def load_exactly(detector: Detector, given: Mapping[str, Tensor], problem: str) 
 def load_detector(path: Path | str, *, weights: str | None = None, device: str = "cpu") -> Detector:
     """The detector of a checkpoint file, ready to predict: eval mode, averaged weights if it has them.
 
+        detector = detbb.load_detector("runs/mine/checkpoints/best.pt")
+
     Raises: UserError: the file is not a valid checkpoint; `weights` is not in it.
     """
     return restore_detector(open_checkpoint(path), weights=weights).to(device)

@@ -73,6 +73,8 @@ class Evaluator(Protocol):
 class Head(nn.Module):
     """A branch on shared features.
 
+        class CountingHead(detbb.Head): ...  # then, in a configuration, `type: my_package.heads:CountingHead`
+
     Subclasses set `Config` (type, range and a doc line for each of its keys), `needs` and `main_metric`, and fill in
     the methods. `forward` + `loss` run in training, `forward` + `decode` in evaluation; none looks at `self.training`,
     which is for norms and dropout alone. Every parameter of the head must take part in every loss, also for a batch

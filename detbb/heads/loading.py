@@ -17,6 +17,8 @@ def load_config(
 ) -> Config:
     """The checked configuration of a YAML file, a dict or a Config, and `key=value` overrides.
 
+        config = detbb.load_config("configs/shapes_fcos.yaml", ["train.steps=100"])
+
     `heads` holds each head's own section. `base: other.yaml` names a parent (relative to the file that says so), which
     may have one itself. `${oc.env:NAME,default}` and `${other.key}` are resolved; a variable that looks like a secret
     is refused, since the result is stored.

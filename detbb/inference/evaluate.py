@@ -222,6 +222,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of a checkpoint's branches as `<head>/<kind>/<metric>`, exactly as training logs them.
 
+        ap = detbb.evaluate("best.pt")["objects/bbox/AP"]
+
     config: a file whose data and settings replace the stored ones. heads: all that have the split, or these. With
     `eval.weights: both`, those of the raw weights come as `model:<head>/…` (files: in `<output_dir>_model`).
 

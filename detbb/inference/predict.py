@@ -36,6 +36,8 @@ def predict(
 ) -> list[dict[str, Any]]:
     """What the branches say about each image: `{"id", "file_name", "width", "height", "heads": {name: [entries]}}`.
 
+        entries = detbb.predict("best.pt", "photos", threshold=0.5)[0]["heads"]["objects"]
+
     Entries are COCO results in pixels of the upright image plus `category`, from all branches in one backbone pass at
     the image size of the first branch's data. inputs: files, and folders that are searched throughout. heads: all, or
     these. threshold: least score; each head's own if None. With `output_dir`, writes `predictions.json` and a picture

@@ -41,6 +41,8 @@ class FrozenBatchNorm2d(torchvision.ops.misc.FrozenBatchNorm2d):
 class SyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batch of all processes, on CPU and CUDA; on one process and in eval mode plain BatchNorm2d.
 
+        model = torchvision.models.resnet18(norm_layer=detbb.SyncBatchNorm)
+
     Shares may be of different size and empty: statistics are weighted by count, and the running variance is the
     unbiased variance of the whole batch. In training, all processes must run it, forward and backward, in the same
     order. Eval mode communicates nothing. (Not a subclass of `nn.SyncBatchNorm`: DDP refuses that on CPU.)

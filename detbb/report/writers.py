@@ -20,6 +20,8 @@ from detbb.core.files import write_atomically
 class Writer:
     """One place that a run writes to, on rank 0 alone; a method that a subclass leaves out does nothing.
 
+        class Mine(detbb.Writer): ...  # then, in a configuration, `log: {to: [metrics, my_package.writers:Mine]}`
+
     folder: the run folder, which holds `config.yaml` already. resume_step: None for a fresh run, else the step of the
     checkpoint that the run goes on from: what a writer holds of later steps is to be dropped, as they come again.
     """

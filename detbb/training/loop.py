@@ -48,6 +48,8 @@ from detbb.training.step import TrainState, train_step
 def train(config: Config, *, resume: str | None = None) -> Path:
     """Train as `config` says and return the path of the last checkpoint; every rank calls it.
 
+        last = detbb.train(detbb.load_config("mine.yaml"), resume="auto")
+
     resume: None for a fresh run, `auto` for the newest valid checkpoint of the run folder, or a checkpoint file.
     Raises: UserError: config, data or checkpoint cannot work; Stopped: a signal came, and a checkpoint is safe.
     """

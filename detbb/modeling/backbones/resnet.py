@@ -90,6 +90,8 @@ def build_resnet(
 ) -> Backbone:
     """Any ResNet, ResNeXt or wide ResNet of torchvision, without the stages after the last one in `out`.
 
+        backbone = detbb.build_resnet("resnet50", weights="imagenet", out=("layer3", "layer4"))
+
     norm_layer: channels -> module, for every norm including downsample branches. weights: None (torchvision's
     initialisation), `imagenet` or a file, see `load_backbone_weights`; its coverage table is printed.
 
@@ -110,7 +112,12 @@ def build_resnet(
 def build_resnet_c4(
     arch: str, *, norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d, weights: str | None = None
 ) -> tuple[Backbone, C4Head]:
-    """(the backbone up to layer3, layer4 as the RoI head), both with `weights`; arguments as `build_resnet`."""
+    """(the backbone up to layer3, layer4 as the RoI head), both with `weights`.
+
+        backbone, head = detbb.build_resnet_c4("resnet50", norm_layer=FrozenBatchNorm2d)
+
+    Arguments are those of `build_resnet`.
+    """
     whole = build_resnet(arch, norm_layer=norm_layer, weights=weights, out=("layer4",))
     return Backbone(whole, arch, ("layer3",)), C4Head(whole.get_submodule("layer4"))
 
