@@ -278,6 +278,45 @@ def test_yolo_reads_the_same_content_as_coco_and_polygons(tmp_path: Path) -> Non
             read_split(DataConfig(format="yolo", train=split, classes=["car", "zebra"]), "train", "y")
 
 
+def read_lines(folder: Path, *lines: str, **options: Any) -> Annotations:
+    """The labels of image b.png (40 x 30) as YOLO."""
+    read(folder, GOOD)
+    (folder / "labels").mkdir()
+    (folder / "labels" / "b.txt").write_text("\n".join(lines))
+    split = SplitConfig(images=str(folder / "images"), annotations=str(folder / "labels"))
+    data = read_split(DataConfig(format="yolo", train=split, **{"classes": ["car", "zebra"], **options}), "train", "y")
+    assert data is not None
+    return data
+
+
+def test_yolo_keypoints_that_are_named_come_in_pixels_beside_their_box(tmp_path: Path) -> None:
+    lines = ("1 0.5 0.5 0.4 0.2 0.4 0.5 2 0 0 0", "0 0.5 0.5 0.5 0.5 0.25 0.75 1 0.5 0.5 2", "0 0.5 0.5 1 1")
+    data = read_lines(tmp_path, *lines, keypoints=["left_eye", "right_eye"])
+    assert (
+        data.keypoints is not None and data.keypoint_names == ("left_eye", "right_eye") and data.flip_pairs == ((0, 1),)
+    )
+    assert data.boxes_xywh.tolist() == [[12, 12, 16, 6], [10, 7.5, 20, 15], [0, 0, 40, 30]] and not data.has("masks")
+    expected = [[[16, 15, 2], [0, 0, 0]], [[10, 22.5, 1], [20, 15, 2]], [[0, 0, 0], [0, 0, 0]]]
+    assert data.keypoints.tolist() == expected and data.areas.tolist() == [96, 300, 1200]
+
+
+def test_yolo_data_file_of_ultralytics_names_the_keypoints(tmp_path: Path) -> None:
+    names = tmp_path / "data.yaml"
+    names.write_text("names: {0: car, 1: zebra}\nkpt_shape: [2, 2]\nflip_idx: [1, 0]\n")
+    data = read_lines(tmp_path, "1 0.5 0.5 0.4 0.2 0.4 0.5 0 0", classes=str(names))
+    assert data.keypoints is not None and data.keypoints.tolist() == [[[16, 15, 2], [0, 0, 0]]]
+    assert data.keypoint_names == ("0", "1") and data.flip_pairs == ((0, 1),)
+
+
+def test_yolo_oriented_boxes_and_keypoints_that_are_not_named_keep_their_boxes(tmp_path: Path) -> None:
+    oriented = read_lines(tmp_path / "a", "0 0.5 0 1 0.5 0.5 1 0 0.5", "0 .25 .5 .5 .5 .5 .75 .25 .75")
+    assert oriented.boxes_xywh.tolist() == [[0, 0, 40, 30], [10, 15, 10, 7.5]] and oriented.has("masks")
+    pose = read_lines(tmp_path / "b", *["0 0.5 0.5 0.5 0.5 0.25 0.75 1 0.5 0.5 2"] * 2)
+    assert pose.boxes_xywh.tolist() == [[10, 7.5, 20, 15]] * 2 and not pose.has("keypoints") and len(pose.notes) == 2
+    polygons = read_lines(tmp_path / "c", *["0 0.5 0.5 0.5 0.5 0.25 0.75 0.5 0.5"] * 2, keypoints=[])
+    assert polygons.boxes_xywh.tolist() == [[10, 15, 10, 7.5]] * 2 and polygons.has("masks")
+
+
 def semantic_source(folder: Path, values: list[int], classes: Any, **more: Any) -> DataConfig:
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -365,7 +404,7 @@ def test_semantic_values_become_contiguous_labels(tmp_path: Path) -> None:
     os.remove(tmp_path / "masks" / "a.png")
     source = semantic_source(tmp_path, [3], str(tmp_path / "classes.json"))
     os.remove(tmp_path / "masks" / "a.png")
-    with pytest.raises(UserError, match=r"without a mask: a\.jpg"):
+    with pytest.raises(UserError, match=r"without a png file .*: a\.jpg"):
         read_split(source, "train", "s")
 
 

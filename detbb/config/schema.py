@@ -58,7 +58,7 @@ def _short_then_long(size: list[int]) -> list[int]:
 
 def _no_name_twice(names: list[str] | str | None) -> list[str] | str | None:
     if isinstance(names, list) and len(set(names)) < len(names):
-        raise ValueError("must not name a class twice")
+        raise ValueError("must not name one twice")
     return names
 
 
@@ -159,6 +159,9 @@ class DataConfig(Section):
     classes: Classes = None
     """`yolo`, `semantic`: a names file (JSON, YAML or one name a line) or a list of names. `coco`, `voc`: `null` takes
     all classes of the file, a list takes those (in that order)."""
+    keypoints: Annotated[list[str], AfterValidator(_no_name_twice)] | None = None
+    """`yolo` only: names of the keypoints that follow each box; `[]`: there are none, longer lines are polygons;
+    `null`: as `kpt_shape` in the file of `classes` says, else told from the lines."""
     image_size: Annotated[list[PositiveInt], AfterValidator(_short_then_long)] = [800, 1333]
     """Short side and longest side that an image is resized to, in pixels."""
     augment: Augment = "default"

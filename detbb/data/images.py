@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -18,8 +17,11 @@ from PIL import Image
 from detbb.core.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")  # no format that starts a program
-SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"])
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pnm .jp2 .j2k".split())  # noqa: SIM905
+UNREAD_SUFFIXES = frozenset(".heic .heif .avif .jxl .hdr .exr .pfm .psd .svg .tga .dng .cr2 .nef .arw .dcm".split())  # noqa: SIM905
 THREADS = 16  # a look at many files waits for the disk or the network most of the time
+_NO_RANGE = "32-bit, signed or floating-point pixels, whose range is not known; convert it to 8 or 16 bits, unsigned"
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; `max_pixels` is compared with every header before decoding
 _UPRIGHT = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -126,8 +128,18 @@ def readable_headers(root: Path, names: Iterable[str]) -> tuple[dict[str, tuple[
     names = list(names)
     with ThreadPoolExecutor(THREADS) as threads:
         found = dict(zip(names, threads.map(look, names), strict=True))
-    bad = [f"{name} ({reason})" for name, reason in found.items() if isinstance(reason, str)]
-    return {name: size for name, size in found.items() if not isinstance(size, str)}, bad
+    bad = [(name, reason) for name, reason in found.items() if isinstance(reason, str)]
+    return {name: size for name, size in found.items() if not isinstance(size, str)}, with_reasons(bad)
+
+
+def with_reasons(found: Iterable[tuple[str, str]]) -> list[str]:
+    """`name (reason)`; a reason stands once where several names in a row have it."""
+    texts: list[str] = []
+    last = ""
+    for name, reason in found:
+        texts.append(name if reason in ("", last) else f"{name} ({reason})")
+        last = reason
+    return texts
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -142,19 +154,23 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """What a regular file of UTF-8 text holds. Raises UserError."""
+    """What a regular file of UTF-8 text holds, without a byte order mark. Raises UserError."""
     try:
-        return read_bytes(path).decode("utf-8")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: cannot be read: {e}") from None
 
 
-def list_images(folder: Path) -> list[str]:
-    """Names of the image files below `folder`, sorted, relative to it."""
+def list_images(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the image files below `folder`, sorted, relative to it; and of those in formats that are not read."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     found = [Path(at, name) for at, _, names in os.walk(folder) for name in names]
-    return sorted(p.relative_to(folder).as_posix() for p in found if p.suffix.lower() in SUFFIXES)
+
+    def named(suffixes: frozenset[str]) -> list[str]:
+        return sorted(p.relative_to(folder).as_posix() for p in found if p.suffix.lower() in suffixes)
+
+    return named(SUFFIXES), named(UNREAD_SUFFIXES)
 
 
 def _open(path: str | Path) -> BinaryIO:
@@ -171,14 +187,19 @@ def _open(path: str | Path) -> BinaryIO:
 
 def _identify(path: str | Path, file: BinaryIO) -> Image.Image:
     try:
-        with warnings.catch_warnings():  # Pillow's own pixel limit; ours is checked by the caller
-            warnings.simplefilter("ignore")
-            return Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError:
-        empty = file.seek(0, os.SEEK_END) == 0
-        raise BadImage(path, "is empty" if empty else "is not an image of a known format") from None
+        file.seek(0)
+        start = file.read(4)
+        reason = f"is a TIFF of {_NO_RANGE}" if start in (b"II*\0", b"MM\0*") else "is not an image of a known format"
+        raise BadImage(path, reason if start else "is empty") from None
     except Exception as e:
         raise BadImage(path, f"cannot be decoded: {_line(e)}") from None
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: bits a sample, and whether they are unsigned integers (1)
+    unsigned = set(tags.get(339, (1,))) == {1} and set(tags.get(258, (8,))) <= {1, 2, 4, 8, 16}
+    if not unsigned or image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # 16-bit PGM is `I`, too
+        raise BadImage(path, f"holds {_NO_RANGE}")
+    return image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -207,8 +228,6 @@ def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.int64).clip(0, 65535)
         return np.repeat(((deep + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
     return np.array(image.convert("RGB"))
 
 

@@ -170,7 +170,7 @@ def check_images(config: Config, size: tuple[int, int]) -> list[Tensor]:
     pictures = []
     for source in config.data.values():
         folder = Path((source.val and source.val.images) or "")
-        for name in list_images(folder)[:2] if folder != Path() and folder.is_dir() else ():
+        for name in list_images(folder)[0][:2] if folder != Path() and folder.is_dir() else ():
             try:
                 pictures.append(read_image(folder / name, source.max_pixels))
             except BadImage:

@@ -117,7 +117,12 @@ def find_images(inputs: Sequence[str | Path], output_dir: Path | None) -> Iterat
         if item.resolve() == made:
             why = "the next time its pictures would be predicted on"
             raise UserError(f"--output-dir: {output_dir} is an input, too, and {why}; name another folder")
-        for name in list_images(item):
+        names, unread = list_images(item)
+        for name in unread:
+            print(
+                f"skipped: {item / name}: is in a format that is not read; convert it to JPEG or PNG", file=sys.stderr
+            )
+        for name in names:
             if made is None or not (item / name).resolve().is_relative_to(made):
                 yield item / name, Path(name)
 

@@ -211,6 +211,7 @@ class Annotations:
     mask_files: PackedStrings | None = None  # (N,) class-index PNGs, whole paths
     mask_values: np.ndarray | None = None  # (256,) uint8: mask value -> label, 255 to ignore, 254 for no class at all
     faults: tuple[Fault, ...] = ()  # what the reader repaired, with counts
+    notes: tuple[Fault, ...] = ()  # nothing to repair, good to know
 
     def __len__(self) -> int:
         return len(self.image_ids)

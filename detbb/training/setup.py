@@ -73,9 +73,10 @@ def check_data(detector: Detector, config: Config, splits: list[dict[str, Annota
 
 
 def repairs(train: dict[str, Annotations], val: dict[str, Annotations]) -> list[str]:
-    """Lines about faults of the data that were repaired."""
+    """Lines about faults of the data that were repaired, and what is good to know about it."""
     splits = [*((f"data.{n}.train", a) for n, a in train.items()), *((f"data.{n}.val", a) for n, a in val.items())]
-    return [f"WARNING: {where}: {fault}" for where, annotations in splits for fault in annotations.faults]
+    lines = [f"WARNING: {where}: {fault}" for where, annotations in splits for fault in annotations.faults]
+    return lines + [f"{where}: {note}" for where, annotations in splits for note in annotations.notes]
 
 
 def total_steps(config: Config, train: dict[str, Annotations]) -> int:

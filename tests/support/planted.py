@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import safetensors.torch
 import torch
@@ -103,14 +104,18 @@ def _coco(image_ids: list[int], first: int) -> dict[str, Any]:
     return {"images": images, "annotations": objects, "categories": categories}
 
 
-def voc(d: DataSet, xml: str | None = "", names: str = "7 12 900") -> None:
-    """The training split as VOC; `xml` is the object of image 7."""
+def voc(
+    d: DataSet, xml: str | None = "", names: str = "7 12 900", root: str = "annotation", encoding: str = ""
+) -> None:
+    """The training split as VOC; `xml` is the object of image 7, all files have this root and encoding."""
     (d.folder / "Annotations").mkdir()
     box = "<bndbox><xmin>3</xmin><ymin>4</ymin><xmax>14</xmax><ymax>17</ymax></bndbox>"
+    first = f'<?xml version="1.0" encoding="{encoding}"?>' if encoding else ""
     for name in (7, 12, 900):
-        content = f"<annotation><object><name>car</name>{box}</object>{xml if name == 7 else ''}</annotation>"
+        inner = f"<object><name>car</name>{box}</object>{xml if name == 7 else ''}"
+        content = f"{first}<{root}>{inner}</{root.split()[0]}>"
         if name != 7 or xml is not None:
-            (d.folder / "Annotations" / f"{name}.xml").write_text(content)
+            (d.folder / "Annotations" / f"{name}.xml").write_bytes(content.encode(encoding or "utf-8"))
     (d.folder / "train.txt").write_text("\n".join(names.split()))
     d.options |= {
         "format": "voc",
@@ -119,13 +124,32 @@ def voc(d: DataSet, xml: str | None = "", names: str = "7 12 900") -> None:
     d.options["val"] = None
 
 
-def yolo(d: DataSet, line: str) -> None:
-    """The training split as YOLO; `line` is the label of image 7."""
+def yolo(d: DataSet, line: str, others: str = "0 0.5 0.5 0.2 0.2", **options: Any) -> None:
+    """The training split as YOLO; `line` is the label of image 7, `others` that of the two others."""
     (d.folder / "labels").mkdir()
     for name in (7, 12, 900):
-        (d.folder / "labels" / f"{name}.txt").write_text(line if name == 7 else "0 0.5 0.5 0.2 0.2")
+        (d.folder / "labels" / f"{name}.txt").write_text(line if name == 7 else others)
     train = SplitConfig(images=str(d.images()), annotations=str(d.folder / "labels"))
-    d.options |= {"format": "yolo", "classes": ["car", "zebra"], "train": train, "val": None}
+    d.options |= {"format": "yolo", "classes": ["car", "zebra"], "train": train, "val": None, **options}
+
+
+def _yolo_all(line: str, **options: Any) -> Callable[[DataSet], None]:
+    """All labels in one dialect."""
+    return lambda d: yolo(d, line, line, **options)
+
+
+def _renamed(d: DataSet, pattern: str, names: Callable[[str], str]) -> None:
+    """Files below the set's folder under other names."""
+    for path in sorted(d.folder.glob(pattern)):
+        path.rename(path.with_name(names(path.name)))
+
+
+def _tiff(pixels: Any, name: str = "7.tif") -> Callable[[DataSet], None]:
+    def plant(d: DataSet) -> None:
+        d.set("train/images/0/file_name", name)
+        cv2.imwrite(str(d.images() / name), np.resize(pixels, (30, 40, *np.shape(pixels)[2:])))
+
+    return plant
 
 
 def semantic(d: DataSet, value: int = 1, size: tuple[int, int] = (40, 30), mode: str = "L") -> None:
@@ -198,6 +222,16 @@ def _rotated(d: DataSet) -> None:
     exif[0x0112] = 6
     d.set("train/images/0/file_name", "7.jpg")
     d.draw("train", "7.jpg", exif=exif)
+
+
+def _upper(d: DataSet) -> None:
+    for path in (d.folder / "Annotations").iterdir():
+        path.write_text(path.read_text().upper())
+
+
+def _pfm(d: DataSet) -> None:
+    d.set("train/images/0/file_name", "7.ppm")
+    (d.images() / "7.ppm").write_bytes(b"Pf\n40 30\n-1.0\n" + np.ones(1200, np.float32).tobytes())
 
 
 def _leak(d: DataSet) -> None:
@@ -376,7 +410,7 @@ DATA_FAULTS = [
         "VOC: listed image without a file", "refused", "without an image file.*13", lambda d: voc(d, names="7 12 13")
     ),
     DataFault("VOC: image listed twice", "refused", "listed twice.*12", lambda d: voc(d, names="7 12 12")),
-    DataFault("VOC: no XML file", "refused", r"annotation file.*7\.xml", lambda d: voc(d, None)),
+    DataFault("VOC: no XML file", "refused", "without a xml file: 7", lambda d: voc(d, None)),
     DataFault("VOC: XML with entities", "refused", r"7\.xml.*entities", lambda d: voc(d, "<!ENTITY a 'b'>")),
     DataFault(
         "VOC: object without a box",
@@ -390,9 +424,258 @@ DATA_FAULTS = [
     ),
     DataFault("YOLO: box with NaN", "refused", "not finite", lambda d: yolo(d, "0 nan 0.5 0.2 0.2")),
     DataFault(
+        "YOLO: boxes with keypoints of three numbers, not named",
+        "noted",
+        "box with 2 keypoints of 3 numbers",
+        _yolo_all("0 0.5 0.5 0.4 0.4 0.4 0.4 2 0.6 0.6 1"),
+    ),
+    DataFault(
+        "YOLO: boxes with keypoints of two numbers, not named",
+        "noted",
+        "box with 3 keypoints of 2 numbers",
+        _yolo_all("0 0.5 0.5 0.4 0.4 0.4 0.4 0.6 0.6 0.5 0.5"),
+    ),
+    DataFault(
+        "YOLO: keypoints that the config names",
+        "accepted",
+        "",
+        _yolo_all("0 0.5 0.5 0.4 0.4 0.4 0.4 2 0.6 0.6 1", keypoints=["left", "right"]),
+    ),
+    DataFault(
+        "YOLO: more keypoints than the config names",
+        "refused",
+        "1 keypoints of two or three numbers.*line 1",
+        _yolo_all("0 0.5 0.5 0.4 0.4 0.4 0.4 2 0.6 0.6 1", keypoints=["nose"]),
+        False,
+    ),
+    DataFault(
+        "YOLO: keypoint with a confidence in place of its visibility",
+        "refused",
+        "no visibility.*line 1",
+        _yolo_all("0 0.5 0.5 0.4 0.4 0.4 0.4 0.87", keypoints=["nose"]),
+        False,
+    ),
+    DataFault("YOLO: oriented boxes", "noted", "oriented box", _yolo_all("0 0.2 0.2 0.6 0.2 0.6 0.5 0.2 0.5")),
+    DataFault(
+        "YOLO: confidence after the box (`save_conf`)",
+        "refused",
+        "box and a confidence .of predictions",
+        _yolo_all("0 0.5 0.5 0.2 0.2 0.87"),
+        False,
+    ),
+    DataFault(
+        "YOLO: track id after the box", "refused", "box and a track id", _yolo_all("0 0.5 0.5 0.2 0.2 17"), False
+    ),
+    DataFault(
+        "YOLO: confidence and track id after the box",
+        "refused",
+        "box, a confidence and a track id",
+        _yolo_all("0 0.5 0.5 0.2 0.2 0.87 17"),
+        False,
+    ),
+    DataFault(
+        "YOLO: confidence after a polygon",
+        "refused",
+        "polygon and a confidence",
+        _yolo_all("0 0.2 0.2 0.6 0.2 0.6 0.5 0.87"),
+        False,
+    ),
+    DataFault(
+        "YOLO: confidence after the keypoints",
+        "refused",
+        "box, 2 keypoints and a confidence",
+        _yolo_all("0 0.5 0.5 0.4 0.4 0.4 0.4 2 0.6 0.6 1 0.87"),
+        False,
+    ),
+    DataFault(
+        "YOLO: polygons beside boxes",
+        "noted",
+        "polygon, beside 2 lines",
+        lambda d: yolo(d, "0 .1 .1 .9 .1 .9 .9 .1 .8"),
+    ),
+    DataFault("YOLO: class number written as 1.0", "accepted", "", _yolo_all("1.0 0.5 0.5 0.2 0.2")),
+    DataFault("YOLO: class number 0.5", "refused", "class 0.5", lambda d: yolo(d, "0.5 0.5 0.5 0.2 0.2")),
+    DataFault(
+        "YOLO: class name in place of its number",
+        "refused",
+        "not a class number.*line 1: 'car",
+        lambda d: yolo(d, "car 0.5 0.5 0.2 0.2"),
+    ),
+    DataFault(
+        "YOLO: boxes in pixels",
+        "refused",
+        "3 x file .of 3. with coordinates above 1",
+        _yolo_all("0 20 15 12 10"),
+        False,
+    ),
+    DataFault(
+        "YOLO: two corners in place of centre and size",
+        "refused",
+        "two corners",
+        _yolo_all("0 0.4 0.5 0.9 0.95"),
+        False,
+    ),
+    DataFault("YOLO: label files with a byte order mark", "accepted", "", _yolo_all("\ufeff0 0.5 0.5 0.2 0.2")),
+    DataFault(
+        "YOLO: class list with a byte order mark",
+        "accepted",
+        "",
+        lambda d: (
+            (d.folder / "names.txt").write_text("\ufeffcar\nzebra"),
+            yolo(d, "1 0.5 0.5 0.2 0.2", classes=str(d.folder / "names.txt")),
+        ),
+    ),
+    DataFault(
+        "YOLO: image without a label file",
+        "noted",
+        "without a txt file .no objects.*7.png",
+        lambda d: (yolo(d, ""), (d.folder / "labels" / "7.txt").unlink()),
+    ),
+    DataFault(
+        "YOLO: label file of no image",
+        "repaired",
+        "txt file of no image.*8.txt",
+        lambda d: (yolo(d, ""), (d.folder / "labels" / "8.txt").write_text("0 0.5 0.5 0.2 0.2")),
+    ),
+    DataFault(
+        "YOLO: class list of a labelling tool among the label files",
+        "accepted",
+        "",
+        lambda d: (yolo(d, "0 0.5 0.5 0.2 0.2"), (d.folder / "labels" / "classes.txt").write_text("car\nzebra")),
+    ),
+    DataFault(
+        "YOLO: label files of another split",
+        "refused",
+        "of 3; looked in .*labels, which holds 3 others: val_12.txt",
+        lambda d: (yolo(d, "0 0.5 0.5 0.2 0.2"), _renamed(d, "labels/*", lambda name: f"val_{name}")),
+        False,
+    ),
+    DataFault(
+        "YOLO: folder without any label file",
+        "refused",
+        "of 3; looked in .*labels, which holds none",
+        lambda d: (yolo(d, ""), [path.unlink() for path in (d.folder / "labels").iterdir()]),
+        False,
+    ),
+    DataFault(
+        "YOLO: label file with the image's ending",
+        "refused",
+        "another name or case: 7.png .there is 7.png.txt",
+        lambda d: (yolo(d, ""), _renamed(d, "labels/7.txt", lambda name: "7.png.txt")),
+    ),
+    DataFault(
+        "YOLO: names that differ in case",
+        "refused",
+        "another name or case: A.png .there is a.txt",
+        lambda d: (
+            yolo(d, ""),
+            _renamed(d, "train/7.png", lambda name: "A.png"),
+            _renamed(d, "labels/7.txt", lambda name: "a.txt"),
+        ),
+    ),
+    DataFault(
+        "VOC: lines with the image's ending",
+        "accepted",
+        "",
+        lambda d: voc(d, names="7.png 12.png 900.png"),
+    ),
+    DataFault(
+        "VOC: names that differ in case",
+        "refused",
+        "without an image file: CAR .there is car",
+        lambda d: (
+            voc(d, names="CAR 12 900"),
+            _renamed(d, "train/7.png", lambda name: "car.png"),
+            _renamed(d, "Annotations/7.xml", lambda name: "car.xml"),
+        ),
+    ),
+    DataFault(
+        "VOC: no XML file of any image",
+        "refused",
+        "of 3; looked in .*Annotations, which holds 3 others: old_12.xml",
+        lambda d: (voc(d), _renamed(d, "Annotations/*", lambda name: f"old_{name}")),
+        False,
+    ),
+    DataFault(
+        "VOC: XML file of no image",
+        "repaired",
+        "xml file of no image.*: 8.xml",
+        lambda d: (voc(d), shutil.copy(d.folder / "Annotations" / "7.xml", d.folder / "Annotations" / "8.xml")),
+    ),
+    DataFault(
+        "VOC: image set with a byte order mark",
+        "accepted",
+        "",
+        lambda d: (voc(d), (d.folder / "train.txt").write_text("\ufeff7\n12\n900")),
+    ),
+    DataFault("VOC: XML with a namespace", "accepted", "", lambda d: voc(d, root='annotation xmlns="http://x"')),
+    DataFault("VOC: XML in upper case", "accepted", "", lambda d: (voc(d), _upper(d))),
+    DataFault("VOC: XML with another root", "accepted", "", lambda d: voc(d, root="Annotations")),
+    DataFault(
+        "VOC: XML of something else",
+        "refused",
+        "7.xml: its root is <html> without any <object>",
+        lambda d: (voc(d), (d.folder / "Annotations" / "7.xml").write_text("<html><p/></html>")),
+    ),
+    DataFault("VOC: XML in GB2312", "accepted", "", lambda d: voc(d, "<path>图片</path>", encoding="GB2312")),
+    DataFault("VOC: XML in UTF-16", "accepted", "", lambda d: voc(d, "<path>é</path>", encoding="UTF-16")),
+    DataFault("VOC: XML in Latin-1", "accepted", "", lambda d: voc(d, "<path>é</path>", encoding="ISO-8859-1")),
+    DataFault("VOC: XML with a byte order mark", "accepted", "", lambda d: voc(d, encoding="utf-8-sig")),
+    DataFault(
+        "VOC: XML in another encoding than it says",
+        "refused",
+        "7.xml: is not utf-8 text",
+        lambda d: (
+            voc(d),
+            (d.folder / "Annotations" / "7.xml").write_bytes("<annotation>é</annotation>".encode("latin-1")),
+        ),
+    ),
+    DataFault("TIFF of 32-bit floats", "refused", "7.tif .holds 32-bit", _tiff(np.ones((30, 40), np.float32))),
+    DataFault("TIFF of 32-bit integers", "refused", "7.tif .holds 32-bit", _tiff(np.ones((30, 40), np.int32))),
+    DataFault("TIFF of signed 16 bits", "refused", "7.tif .holds 32-bit, signed", _tiff(np.ones((30, 40), np.int16))),
+    DataFault("TIFF of signed 8 bits", "refused", "7.tif .holds 32-bit, signed", _tiff(np.ones((30, 40), np.int8))),
+    DataFault("TIFF of floats in colour", "refused", "is a TIFF of", _tiff(np.ones((30, 40, 3), np.float32))),
+    DataFault("TIFF of 64-bit floats", "refused", "is a TIFF of", _tiff(np.ones((30, 40), np.float64))),
+    DataFault("PFM, which holds floats", "refused", "7.ppm .holds 32-bit", _pfm),
+    DataFault("TIFF of unsigned 16 bits", "accepted", "", _tiff(np.ones((30, 40), np.uint16))),
+    DataFault(
+        "YOLO: HEIC, AVIF and other files that are no image which is read",
+        "noted",
+        "not read .*a.heic, b.AVIF, c.exr",
+        lambda d: (
+            yolo(d, "0 0.5 0.5 0.2 0.2"),
+            [(d.images() / name).write_bytes(b"x") for name in ("a.heic", "b.AVIF", "c.exr", "notes.md")],
+        ),
+    ),
+    DataFault(
+        "VOC: HEIC beside the images",
+        "noted",
+        "not read .*a.heic",
+        lambda d: (voc(d), (d.images() / "a.heic").write_bytes(b"x")),
+    ),
+    DataFault(
+        "semantic: AVIF beside the images",
+        "noted",
+        "not read .*a.avif",
+        lambda d: (semantic(d), (d.images() / "a.avif").write_bytes(b"x")),
+    ),
+    DataFault(
+        "semantic: mask of no image",
+        "repaired",
+        "png file of no image.*: 8.png",
+        lambda d: (semantic(d), shutil.copy(d.folder / "masks" / "7.png", d.folder / "masks" / "8.png")),
+    ),
+    DataFault(
+        "semantic: masks with another ending",
+        "refused",
+        "of 3; looked in .*masks, which holds 3 others: 12_mask.png",
+        lambda d: (semantic(d), _renamed(d, "masks/*", lambda name: name.replace(".", "_mask."))),
+        False,
+    ),
+    DataFault(
         "semantic: image without a mask",
         "refused",
-        "without a mask.*7",
+        "without a png file.*7",
         lambda d: (semantic(d), (d.folder / "masks" / "7.png").unlink()),
     ),
     DataFault(

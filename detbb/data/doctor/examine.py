@@ -106,12 +106,15 @@ def examine(data: Mapping[str, DataConfig], *, files: bool = True) -> Report:
                 classes = train.classes if train is not None and follows_train(source, split) else None
                 annotations = read_split(source, split, name, classes=classes, strict=False)
             except UserError as error:
+                told = "train" in found and str(error).startswith(f"data.{name}.train: ")
                 reason = str(error).removeprefix(f"{place}: ")
-                found[split] = Split(name, split, origin, None, [Fault("cannot be read:", 1, (reason,), False)])
+                faults = [] if told else [Fault("cannot be read:", 1, (reason,), False)]
+                found[split] = Split(name, split, origin, None, faults)
             else:
                 if annotations is not None:
                     faults = [*annotations.faults, *_of_set(annotations, split, source.augment)]
-                    found[split] = Split(name, split, origin, annotations, faults, _notes(annotations, split))
+                    notes = [*annotations.notes, *_notes(annotations, split)]
+                    found[split] = Split(name, split, origin, annotations, faults, notes)
         if files:
             splits = {split: s.annotations for split, s in found.items() if s.annotations is not None}
             for split, findings in examine_files(source, splits).items():
@@ -123,10 +126,13 @@ def examine(data: Mapping[str, DataConfig], *, files: bool = True) -> Report:
 
 def _of_set(annotations: Annotations, split: str, augment: object) -> list[Fault]:
     faults = Faults("", strict=False)
-    if not len(annotations):
-        faults.refuse("empty set: no image that can be used", [""])
+    why = [f"{fault.count} x {fault.kind.rstrip(':')}" for fault in (*annotations.faults, *annotations.notes)] or [""]
+    if any(not fault.repaired for fault in annotations.faults):
+        pass  # which may be all that an empty set is about
+    elif not len(annotations):
+        faults.refuse("empty set: no image that can be used", why)
     elif split == "train" and annotations.has("boxes") and not len(annotations.labels):
-        faults.refuse("empty set: no object to learn from", [""])
+        faults.refuse("empty set: no object to learn from", why)
     names = annotations.keypoint_names
     mirrors = split == "train" and re.search("default|Flip|Transpose|D4|SquareSymmetry", str(augment))
     if mirrors and len(names) > 1 and not annotations.flip_pairs:

@@ -24,10 +24,10 @@ from detbb.core.schema import find_error
 from detbb.data.formats.annotation_cache import cache_folder
 from detbb.data.formats.faults import Faults
 from detbb.data.formats.semantic import read_mask
-from detbb.data.images import THREADS, BadImage, image_header, safe_join
+from detbb.data.images import THREADS, BadImage, image_header, safe_join, with_reasons
 from detbb.structures.annotations import Annotations, Fault
 
-VERSION = 2  # of what is looked for; another one forgets what was found
+VERSION = 3  # of what is looked for; another one forgets what was found
 REMEMBERED_FROM_S = 1.0  # passes that took longer are remembered
 FORM = {str: {"faults": [{"kind": str, "count": int, "first": [object], "repaired": bool}], "bad": [int]}}
 MISSING = "image file that is not there"
@@ -84,23 +84,23 @@ def _stat(path: Path) -> tuple[int, int]:
 
 
 def _look(source: DataConfig, annotations: Annotations, stats: np.ndarray, threads: ThreadPoolExecutor) -> Findings:
-    def look(index: int) -> tuple[str, str] | None:
-        """(kind, what the fault is) of one image."""
+    def look(index: int) -> tuple[str, str, str] | None:
+        """(kind, file, reason) of what is wrong with one image."""
         name, size = annotations.file_names[index], tuple(annotations.sizes[index].tolist())
         path = annotations.root / name
         if stats[index, 0] < 0:
             other = on_disk(path)
-            return (RENAMED if other is not None and other != path else MISSING), name
+            return (RENAMED if other is not None and other != path else MISSING), name, ""
         try:
             header = image_header(safe_join(annotations.root, name))
             if header[0] * header[1] > source.max_pixels:
-                return TOO_LARGE, name
+                return TOO_LARGE, name, f"{header[1]} x {header[0]}"
             if header != size:
-                return OTHER_SIZE, f"{name} (file {header[1]} x {header[0]}, annotations {size[1]} x {size[0]})"
+                return OTHER_SIZE, name, f"file {header[1]} x {header[0]}, annotations {size[1]} x {size[0]}"
             if annotations.mask_files is not None:
                 read_mask(annotations, index)
         except BadImage as error:
-            return UNREADABLE, f"{name} ({'' if error.path == str(path) else 'its mask '}{error.reason})"
+            return UNREADABLE, name, f"{'' if error.path == str(path) else 'its mask '}{error.reason}"
         return None
 
     results = list(threads.map(look, range(len(annotations))))
@@ -108,7 +108,7 @@ def _look(source: DataConfig, annotations: Annotations, stats: np.ndarray, threa
     skips = source.on_bad_image == "skip"
     for kind in (MISSING, RENAMED, UNREADABLE, TOO_LARGE, OTHER_SIZE):
         note = faults.repair if skips else faults.refuse
-        note(f"{kind}{' (replaced)' * skips}:", [what for k, what in filter(None, results) if k == kind])
+        note(f"{kind}{' (replaced)' * skips}:", with_reasons(r[1:] for r in filter(None, results) if r[0] == kind))
     claims = annotations.sizes.astype(np.int64).prod(axis=1) > source.max_pixels
     wrong = [r[1] for r, claim in zip(results, claims, strict=True) if claim and r is not None and r[0] != TOO_LARGE]
     if skips:  # what stands in would be evaluated at that size

@@ -59,8 +59,14 @@ def write_repaired(config: Config, report: Report, folder: Path) -> Config:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--fix: {str(folder)!r} is there already; give a new folder, nothing is repaired in place")
-    if unread := [f"{p}: {s.faults[0].first[0]}" for p, s in report.splits.items() if s.annotations is None]:
+    if unread := [
+        f"{p}: {s.faults[0].first[0]}" for p, s in report.splits.items() if s.annotations is None and s.faults
+    ]:
         raise UserError(f"--fix: cannot be repaired: {unread[0]}")
+    for name, split in report.splits.items():
+        refused, a = [fault for fault in split.faults if not fault.repaired], split.annotations
+        if refused and a is not None and (not len(a) or (a.has("boxes") and not len(a.labels))):
+            raise UserError(f"--fix: cannot be repaired: {name}: nothing would be left: {refused[0]}")
     repaired = copy.deepcopy(config)
     for found in report.splits.values():
         source, a = repaired.data[found.source], found.annotations

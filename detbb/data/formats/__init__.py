@@ -9,7 +9,7 @@ from detbb.config.schema import DataConfig, SplitConfig
 from detbb.core.doors import lookup, refuse_import
 from detbb.core.errors import UserError
 from detbb.data.formats.base import Format, Request
-from detbb.data.formats.class_names import read_classes
+from detbb.data.formats.class_names import read_classes, read_keypoints
 from detbb.data.formats.coco import read_coco
 from detbb.data.formats.faults import Faults
 from detbb.data.formats.semantic import read_semantic
@@ -30,7 +30,8 @@ def _shapes(r: Request) -> Annotations:
 
 
 def _yolo(r: Request) -> Annotations:
-    return read_yolo(r.images, r.annotations, read_classes(r.source.classes), faults=r.faults)
+    classes, keypoints = read_classes(r.source.classes), read_keypoints(r.source.keypoints, r.source.classes)
+    return read_yolo(r.images, r.annotations, classes, keypoints=keypoints, faults=r.faults)
 
 
 def _semantic(r: Request) -> Annotations:
@@ -41,7 +42,7 @@ def _semantic(r: Request) -> Annotations:
 FORMATS: dict[str, Format] = {
     "coco": Format(_coco, ("boxes", "masks", "keypoints", "labels")),
     "voc": Format(read_voc, ("boxes", "labels")),
-    "yolo": Format(_yolo, ("boxes", "masks", "labels"), classes_from="config"),
+    "yolo": Format(_yolo, ("boxes", "masks", "keypoints", "labels"), classes_from="config"),
     "semantic": Format(_semantic, ("semantic",), classes_from="config"),
     "shapes": Format(_shapes, ("boxes", "masks", "keypoints", "labels"), classes_from="format", generated=True),
 }

@@ -73,5 +73,6 @@ def annotations_of(
         sizes=sizes,
         **validate_objects(rows, sizes, faults),
         faults=faults.finish(),
+        notes=tuple(faults.notes),
         **fields,
     )

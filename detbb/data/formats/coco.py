@@ -40,7 +40,8 @@ def read_coco(
 
     Labels follow the category ids, or the order of `classes`: objects of other classes are left out, with `exact` there
     may be none, with `may_lack` the file need not have all of them. Crowds are kept and flagged. A file without any box
-    says what whole images are: each object gets a box around its image. Raises UserError for what cannot be repaired, with the first ids, unless `faults` is not strict.
+    says what whole images are: each object gets a box around its image. Raises UserError for what
+    cannot be repaired, with the first ids, unless `faults` is not strict.
     What a large file became is remembered, if nothing else had a part in it.
     """
     faults = faults or Faults(annotations)

@@ -28,6 +28,7 @@ class Faults:
         self.origin = origin
         self.strict, self.skip_bad_images = strict, skip_bad_images
         self.found: list[Fault] = []
+        self.notes: list[Fault] = []  # nothing to repair, good to know
         self.of_images = False  # whether image files were looked at: what was read is not the file's alone
 
     def repair(self, kind: str, ids: Iterable[Any]) -> None:
@@ -36,14 +37,17 @@ class Faults:
     def refuse(self, kind: str, ids: Iterable[Any]) -> None:
         self._add(kind, ids, repaired=False)
 
+    def note(self, kind: str, ids: Iterable[Any]) -> None:
+        self._add(kind, ids, repaired=True, to=self.notes)
+
     def bad_images(self, kind: str, names: Iterable[str]) -> None:
         """Images that cannot be read: what becomes of them is the user's choice."""
         self._add(f"{kind}{' (left out)' * self.skip_bad_images}:", names, repaired=self.skip_bad_images)
 
-    def _add(self, kind: str, ids: Iterable[Any], *, repaired: bool) -> None:
+    def _add(self, kind: str, ids: Iterable[Any], *, repaired: bool, to: list[Fault] | None = None) -> None:
         items = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         if items:
-            self.found.append(Fault(kind, len(items), tuple(items[:SHOWN]), repaired))
+            (self.found if to is None else to).append(Fault(kind, len(items), tuple(items[:SHOWN]), repaired))
 
     def finish(self) -> tuple[Fault, ...]:
         """All of them; raises UserError with everything that is refused, where strict."""

@@ -9,7 +9,8 @@ import numpy as np
 
 from detbb.core.errors import UserError
 from detbb.data.formats.faults import Faults
-from detbb.data.images import BadImage, list_images, read_index_png, readable_headers, safe_join
+from detbb.data.formats.partners import check_partners, listed_images
+from detbb.data.images import BadImage, read_index_png, readable_headers, safe_join
 from detbb.structures.annotations import Annotations, PackedStrings
 
 IGNORE, UNKNOWN = 255, 254  # labels that are no class
@@ -35,12 +36,13 @@ def read_semantic(
             f"classes: needs 1 … 254 classes of mask values 0 … 254; got {len(used)}, up to {max(used, default=None)}"
         )
     faults = faults or Faults(masks)
-    listed = list_images(images)
+    listed = listed_images(images, faults)
     headers, bad = readable_headers(images, listed)
     faults.bad_images("image that cannot be read", bad)
-    mask_of = {f: str(Path(f).with_suffix(".png")) for f in headers}
-    files = [f for f, m in mask_of.items() if (masks / m).is_file()]
-    faults.refuse("image without a mask:", sorted(set(headers) - set(files)))
+    mask_of = {f: Path(f).with_suffix(".png").as_posix() for f in headers}
+    stems = [Path(f).with_suffix("").as_posix() for f in listed]
+    masked = check_partners(mask_of, masks, ".png", faults, optional=False, stems=stems)
+    files = [f for f in headers if f in masked]
     mask_values = np.full(256, UNKNOWN, dtype=np.uint8)
     mask_values[list(used)] = np.arange(len(used))
     mask_values[[i for i in (ignore_index, IGNORE) if 0 <= i <= 255]] = IGNORE
@@ -60,6 +62,7 @@ def read_semantic(
         mask_files=PackedStrings(str(safe_join(masks, mask_of[f])) for f in files),
         mask_values=mask_values,
         faults=faults.finish(),
+        notes=tuple(faults.notes),
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from detbb.core.errors import UserError
 from detbb.data.formats.base import Request, annotations_of
 from detbb.data.formats.faults import Faults, Rows
-from detbb.data.images import list_images, read_text, readable_headers, safe_join
+from detbb.data.formats.partners import check_partners, listed_images
+from detbb.data.images import SUFFIXES, read_bytes, read_text, readable_headers, safe_join
 from detbb.structures.annotations import Annotations
 
 
@@ -27,7 +29,9 @@ def read_voc(request: Request) -> Annotations:
     images, faults = request.images, request.faults
     folder = _annotation_folder(images, request.annotations)
     stems, files = _listed(images, request.annotations, faults)
-    trees, wrong = _parse_all(folder, stems)
+    partners = {stem: f"{stem}.xml" for stem in stems}
+    found = check_partners(partners, folder, ".xml", faults, optional=False, stems=files)
+    trees, wrong = _parse_all(folder, [stem for stem in stems if stem in found])
     faults.refuse("annotation file that cannot be used:", wrong)
     sizes, bad = _sizes(trees, images, files)
     faults.bad_images("image of unknown size that cannot be read", bad)
@@ -54,16 +58,29 @@ def read_voc(request: Request) -> Annotations:
 
 def _listed(images: Path, image_set: Path, faults: Faults) -> tuple[dict[str, int], dict[str, str]]:
     """The images of the set with their line numbers, and the files by name without suffix."""
-    names = list_images(images)
+    names = listed_images(images, faults)
     files = {Path(name).stem: name for name in names}
     lines = [line.strip() for line in read_text(image_set).splitlines() if line.strip()]
-    lines = [line if line in files else line.split()[0] for line in lines]  # a name, or a name and a flag
+    lines = [line if line in files else _stem(line, files) for line in lines]
     several = [stem for stem, count in Counter(Path(name).stem for name in names).items() if count > 1]
     faults.refuse("name that several image files have:", [s for s in several if s in lines])
-    faults.refuse("name without an image file:", [s for s in lines if s not in files])
+    lost, cases = [s for s in lines if s not in files], {stem.casefold(): stem for stem in files}
+    lost = [f"{s} (there is {cases[s.casefold()]})" if s.casefold() in cases else s for s in lost]
+    where = f" (of {len(lines)}; looked in {images.resolve()})" if len(lost) == len(lines) else ""
+    faults.refuse(f"name without an image file{where}:", lost)
     faults.refuse("name listed twice:", sorted(name for name, count in Counter(lines).items() if count > 1))
     numbers = {stem: number for number, stem in reversed(list(enumerate(lines, start=1))) if stem in files}
     return dict(sorted(numbers.items(), key=lambda item: item[1])), files
+
+
+def _stem(line: str, files: Mapping[str, str]) -> str:
+    """The image that a line names: alone, with a flag after it, with a folder before it or with a suffix."""
+    for text in (line, line.split()[0]):
+        path = PurePosixPath(text.replace("\\", "/"))
+        for stem in (text, path.name, path.stem):
+            if stem in files and (stem != path.stem or not path.suffix or path.suffix.lower() in SUFFIXES):
+                return stem
+    return line.split()[0]
 
 
 def _annotation_folder(images: Path, image_set: Path) -> Path:
@@ -86,13 +103,27 @@ def _parse_all(folder: Path, stems: Iterable[str]) -> tuple[dict[str, ElementTre
 
 
 def _parse(path: Path) -> ElementTree.Element:
-    text = read_text(path)
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities can grow without bound
-        raise UserError(f"{path}: holds a document type or entities, which VOC files do not")
+    """The document as its own declaration says it is written; tags without namespaces, in lower case."""
+    data = read_bytes(path)
+    declared = re.search(rb"""^(?:\xef\xbb\xbf)?<\?xml[^>]*?encoding=["']([\w.:-]+)""", data)
     try:
-        return ElementTree.fromstring(text)
-    except (ElementTree.ParseError, ValueError) as e:
+        # expat itself knows a few encodings only, and Python all; UTF-16 has a mark that says so
+        text = data.decode(
+            "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else declared[1].decode() if declared else "utf-8-sig"
+        )
+        text = re.sub(r"^\ufeff?<\?xml.*?\?>", "", text, flags=re.DOTALL)
+        if "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities can grow without bound
+            raise UserError(f"{path}: holds a document type or entities, which VOC files do not")
+        tree = ElementTree.fromstring(text)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: is not {e.encoding} text, as it should be: {e.reason} at byte {e.start}") from None
+    except (ElementTree.ParseError, ValueError, LookupError) as e:
         raise UserError(f"{path}: is not XML: {e}") from None
+    for element in tree.iter():
+        element.tag = element.tag.rpartition("}")[2].lower()
+    if tree.tag != "annotation" and tree.find(".//object") is None:
+        raise UserError(f"{path}: its root is <{tree.tag}> without any <object>; VOC's is <annotation>")
+    return tree
 
 
 def _sizes(

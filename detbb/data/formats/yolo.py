@@ -2,63 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from detbb.core.errors import UserError
 from detbb.data.formats.base import annotations_of
+from detbb.data.formats.class_names import Keypoints
 from detbb.data.formats.faults import Faults, Rows
-from detbb.data.images import list_images, read_text, readable_headers, safe_join
+from detbb.data.formats.partners import check_partners, listed_images
+from detbb.data.formats.yolo_lines import Line, keypoints_of, readable
+from detbb.data.images import read_text, readable_headers, safe_join
 from detbb.structures.annotations import Annotations, Segments
 
 
-def read_yolo(images: Path, labels: Path, classes: Mapping[int, str], *, faults: Faults | None = None) -> Annotations:
+def read_yolo(
+    images: Path,
+    labels: Path,
+    classes: Mapping[int, str],
+    *,
+    keypoints: Keypoints | None = None,
+    faults: Faults | None = None,
+) -> Annotations:
     """Every image below `images`; its objects are in the txt file of the same name below `labels`, if there is one.
 
-    A line is `class x y w h` (centre and size, in parts of the image) or `class x1 y1 x2 y2 …` (a polygon). Image ids
-    count the sorted files from 1, unusable ones too; category ids are YOLO's class numbers + 1. Raises UserError for
-    what cannot be repaired, unless `faults` is not strict.
+    A line is `class x y w h` (centre and size, in parts of the image), `class x1 y1 x2 y2 …` (a polygon), or a box and
+    `keypoints`; `yolo_lines` tells them apart. Image ids count the sorted files from 1, unusable ones too; category ids
+    are YOLO's class numbers + 1. Raises UserError for what cannot be repaired, unless `faults` is not strict.
     """
     if not labels.is_dir():
         raise UserError(f"{labels} is not a folder")
     faults = faults or Faults(labels)
-    listed = list_images(images)
+    listed = listed_images(images, faults)
     headers, bad = readable_headers(images, listed)
     faults.bad_images("image that cannot be read", bad)
     files = list(headers)
     sizes = np.array([headers[f] for f in files], dtype=np.int32).reshape(-1, 2)
-    label_of = {number: label for label, number in enumerate(classes)}
-    image, label, boxes, areas, polygons, unknown, wrong = [], [], [], [], [], [], []
-    for index, file in enumerate(files):
-        path = safe_join(labels, str(Path(file).with_suffix(".txt")))
-        height, width = sizes[index].tolist()
-        for where, number, values in _lines(path) if path.exists() else ():
-            if len(values) != 4 and (len(values) < 6 or len(values) % 2):
-                wrong.append(where)
-                continue
-            if number not in label_of:
-                unknown.append(f"{where}: class {number}")
-                continue
-            points = values.reshape(-1, 2) * (width, height)
-            corner, size = (
-                (points[0] - points[1] / 2, points[1]) if len(points) == 2 else (points.min(0), np.ptp(points, 0))
-            )
-            image.append(index)
-            label.append(label_of[number])
-            boxes.append((*corner, *size))
-            areas.append(_area(points) if len(points) > 2 else size.prod())
-            polygons.append([] if len(points) == 2 else [points.ravel().tolist()])
-    faults.refuse("line that is not `class x y w h` or `class x1 y1 x2 y2 x3 y3 …`:", wrong)
-    faults.refuse(f"line of a class that is none of {len(label_of)}:", unknown)
+    partner = {name: Path(name).with_suffix(".txt").as_posix() for name in listed}
+    labelled = check_partners(partner, labels, ".txt", faults, optional=True)
+    texts = {i: safe_join(labels, partner[name]) for i, name in enumerate(files) if name in labelled}
+    points = None if keypoints is None else len(keypoints.names)
+    lines = readable(list(_lines(texts, list(classes), faults)), sizes, points, faults)
+    shapes = [_shape(line, sizes[line.image].tolist(), points or 0) for line in lines]
+    polygons = [polygon for _, _, polygon in shapes]
     rows = Rows(
-        image=np.array(image, dtype=np.int64),
-        label=np.array(label, dtype=np.int64),
-        boxes_xywh=np.array(boxes, dtype=np.float64).reshape(-1, 4),
-        area=np.nan_to_num(np.array(areas, dtype=np.float64)).clip(min=0),
+        image=np.array([line.image for line in lines], dtype=np.int64),
+        label=np.array([line.label for line in lines], dtype=np.int64),
+        boxes_xywh=np.array([box for box, _, _ in shapes], dtype=np.float64).reshape(-1, 4),
+        area=np.nan_to_num(np.array([area for _, area, _ in shapes], dtype=np.float64)).clip(min=0),
         segments=Segments(polygons) if any(polygons) else None,
     )
+    fields = {}
+    if keypoints is not None and keypoints.names:
+        given = [keypoints_of(line, len(keypoints.names), sizes[line.image]) for line in lines]
+        rows.keypoints = np.array(given, dtype=np.float32).reshape(-1, len(keypoints.names), 3)
+        fields = {"keypoint_names": keypoints.names, "flip_pairs": keypoints.flip_pairs}
     return annotations_of(
         images,
         files,
@@ -68,7 +67,19 @@ def read_yolo(images: Path, labels: Path, classes: Mapping[int, str], *, faults:
         classes=tuple(classes.values()),
         category_ids=np.array(list(classes), dtype=np.int64) + 1,
         image_ids=np.flatnonzero([name in headers for name in listed]) + 1,
+        **fields,
     )
+
+
+def _shape(line: Line, hw: Sequence[int], points: int) -> tuple[tuple[float, ...], float, list[list[float]]]:
+    """Box (x, y, w, h) in pixels, area, and polygons of an object."""
+    height, width = hw
+    values = line.values[:4] if points else line.values
+    xy = values.reshape(-1, 2) * (width, height)
+    if len(xy) == 2:
+        centre, size = xy
+        return (*(centre - size / 2), *size), float(size.prod()), []
+    return (*xy.min(0), *np.ptp(xy, 0)), _area(xy), [xy.ravel().tolist()]
 
 
 def _area(points: np.ndarray) -> float:
@@ -77,19 +88,25 @@ def _area(points: np.ndarray) -> float:
     return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
 
 
-def _lines(path: Path) -> Iterator[tuple[str, int, np.ndarray]]:
-    """(place, class number, coordinates) of each line; no coordinates where it is none."""
-    try:
-        text = read_text(path)
-    except UserError as e:
-        yield str(e), -1, np.zeros(0)
-        return
-    for at, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {at}: {line[:80]!r}"
+def _lines(texts: Mapping[int, Path], numbers: Sequence[int], faults: Faults) -> Iterator[Line]:
+    """The lines of all label files (by image) that are numbers and name a class."""
+    wrong, unknown = [], []
+    for image, path in texts.items():
         try:
-            number, *values = line.split()
-            yield where, int(number), np.array(values, dtype=np.float64)
-        except ValueError:
-            yield where, -1, np.zeros(0)
+            text = read_text(path)
+        except UserError as e:
+            wrong.append(str(e))
+            continue
+        for at, words in enumerate(map(str.split, text.splitlines()), start=1):
+            where = f"{path}, line {at}: {' '.join(words)[:80]!r}"
+            try:
+                number, *values = map(float, words) if words else (None,)
+            except ValueError:
+                wrong.append(where)
+                continue
+            if number in numbers:  # also as 0.0, which is how tables of floats are written
+                yield Line(where, path.name, image, at, numbers.index(number), np.array(values))
+            elif number is not None:
+                unknown.append(f"{where}: class {number:g}")
+    faults.refuse("line that is not a class number and coordinates:", wrong)
+    faults.refuse(f"line of a class that is none of {len(numbers)}:", unknown)
