@@ -408,12 +408,12 @@ def test_semantic_values_become_contiguous_labels(tmp_path: Path) -> None:
         read_split(source, "train", "s")
 
 
-@pytest.mark.parametrize(
-    "classes", [None, [], "absent classes.txt", ["a", "a"], {"x": "a"}, {-1: "a"}, [1], {256: "a"}]
-)
+@pytest.mark.parametrize("classes", [[], ["a", "a"], {"x": "a"}, {-1: "a"}, [1], {256: "a"}])
 def test_unusable_class_lists_are_refused(tmp_path: Path, classes: Any) -> None:
-    with pytest.raises(UserError, match="classes"):
-        read_split(semantic_source(tmp_path, [0], classes), "train", "s")
+    (tmp_path / "names.json").write_text(json.dumps(classes))
+    for given in (None, "absent classes.txt", str(tmp_path / "names.json")):
+        with pytest.raises(UserError, match="classes|class names"):
+            read_split(semantic_source(tmp_path, [0], given), "train", "s")
 
 
 def test_shapes_are_made_once_and_read_as_coco_and_semantic_too(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_data_format_from_outside_is_examined_trained_and_repaired(tmp_path: P
     monkeypatch.syspath_prepend(REPOSITORY)
     data = DataSet(tmp_path / "data")
     coco = read_split(data.source(), "train", "shapes")
-    source = DataConfig(CSV, as_csv(data, "train"), as_csv(data, "val"), image_size=[32, 64])
+    source = DataConfig(format=CSV, train=as_csv(data, "train"), val=as_csv(data, "val"), image_size=[32, 64])
     own = read_split(source, "train", "shapes")
     assert own is not None and coco is not None and list(own.file_names) == list(coco.file_names)
     for name in ("boxes_xywh", "labels", "first", "sizes"):
