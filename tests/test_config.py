@@ -464,7 +464,7 @@ import sys, runpy
 sys.argv = [{str(tool)!r}, "--help"]
 try: runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as e: assert not e.code, e.code
-assert not {{"torch", "numpy"}} & set(sys.modules)
+assert not {{"torch", "numpy", "pydantic"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

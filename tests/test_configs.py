@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from detbb.config.messages import node_at
 from detbb.config.phases import plan_phases
 from detbb.detector import build_detector
 from detbb.freeze import frozen_names
@@ -16,6 +19,7 @@ from detbb.training.setup import refuse_random
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = sorted(p for folder in ("configs", "examples") for p in (REPOSITORY / folder).rglob("*.yaml"))
+SCHEMA = REPOSITORY / "docs" / "config.schema.json"
 BASES = [p for p in FILES if p.stem.endswith("_base")]
 RUNS = [p for p in FILES if p not in BASES]
 each_run = pytest.mark.parametrize("path", RUNS, ids=lambda p: p.relative_to(REPOSITORY).as_posix())
@@ -32,9 +36,24 @@ def no_data(monkeypatch):
 def test_it_is_valid_and_opens_with_its_command_time_and_result(path: Path):
     load_config(path)
     header = path.read_text().split("\n\n")[0]
+    assert header.startswith("# yaml-language-server: $schema=" + os.path.relpath(SCHEMA, path.parent) + "\n# ")
     assert "tools/train.py --config " + path.relative_to(REPOSITORY).as_posix() in header
     assert "Time:" in header or "minutes" in header
     assert any(word in header for word in ("Aims at", "easured"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_the_schema_for_editors_knows_its_keys(path: Path):
+    schema, values = json.loads(SCHEMA.read_text()), yaml.safe_load(path.read_text())
+    for name, head in values.pop("heads", {}).items():
+        known = schema["$defs"].get(f"{head.get('type')} head", {"properties": head})
+        assert set(head) <= set(known["properties"]), name
+    places = [((), values)]
+    for keys, section in places:
+        node = node_at(schema, keys)
+        assert set(section) <= set(node.get("properties", section)), keys
+        places += [((*keys, key), item) for key, item in section.items() if isinstance(item, dict)]
+    assert node_at(schema, ("data", "any", "train"))["additionalProperties"] is False
 
 
 @each_run

@@ -113,7 +113,7 @@ def test_import_detbb_is_instant_and_its_names_are_there():
     """The names are there whichever modules were imported before."""
     code = """
 import sys, detbb
-assert not {"torch", "numpy", "yaml"} & set(sys.modules)
+assert not {"torch", "numpy", "yaml", "pydantic"} & set(sys.modules)
 import detbb.training.loop, detbb.inference.evaluate, detbb.inference.predict
 from detbb import load_config, build_detector, load_detector, train, evaluate, predict
 from detbb import build_resnet, build_resnet_c4, SyncBatchNorm, Ema, HEADS, Head, freeze, frozen_names, digests
