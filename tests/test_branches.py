@@ -16,7 +16,7 @@ from rich.console import Console
 from runs import flat, load
 from stages import FIRST, SECOND, SMALL_FILES, THIRD, evaluated, results, stage
 
-from detbb.checkpoint.branches import BRANCH_FORM, attach, extract, remove
+from detbb.checkpoint.branches import BranchForm, attach, extract, remove
 from detbb.checkpoint.content import KEYS, load_detector, read_checkpoint
 from detbb.checkpoint.inspection import diff, show
 from detbb.core.errors import UserError
@@ -123,7 +123,9 @@ def test_attach_leaves_all_that_the_checkpoint_holds(trained, merged):
 
 def test_a_branch_file_is_plain_data_and_holds_what_is_evaluated(trained, files):
     content = torch.load(files["second"], weights_only=True)
-    assert tuple(content) == tuple(BRANCH_FORM) and content["kind"] == "branch" and content["head"] == "second"
+    assert (
+        tuple(content) == tuple(BranchForm.model_fields) and content["kind"] == "branch" and content["head"] == "second"
+    )
     run = load(trained["second"].parents[1])
     own = evaluated(run, "heads.second.")
     assert {f"heads.second.{n}": digest(t) for n, t in content["tensors"].items()} == own
@@ -344,7 +346,7 @@ def test_help_is_there_without_torch_and_its_example_parses(capsys, command):
 def test_the_documented_formats_are_the_real_ones(monkeypatch, trained):
     text = (TOOL.parents[1] / "docs" / "checkpoints.md").read_text()
     tables = [re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE) for part in text.split("## Branch file")]
-    assert tables == [list(KEYS), list(BRANCH_FORM)]
+    assert tables == [list(KEYS), list(BranchForm.model_fields)]
     monkeypatch.chdir(trained["second"].parent)
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from detbb.checkpoint import folder as checkpoint_folder
-from detbb.checkpoint.content import FORM, read_checkpoint
+from detbb.checkpoint.content import KEYS, read_checkpoint
 from detbb.checkpoint.folder import CheckpointFolder
 from detbb.core import files
 from detbb.core.errors import UserError
@@ -22,7 +22,7 @@ from detbb.core.files import BadFile
 
 
 def content(step: int) -> dict[str, Any]:
-    made: dict[str, Any] = {key: {} for key in FORM}
+    made: dict[str, Any] = {key: {} for key in KEYS}
     made |= {
         "format_version": 1,
         "step": step,

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from detbb.checkpoint.content import (
-    FORM,
     FORMAT_VERSION,
+    ClassesForm,
+    ConfigForm,
     evaluated_state,
     inherit_head,
     open_checkpoint,
@@ -26,26 +27,33 @@ from detbb.config.loading import config_to_dict
 from detbb.config.schema import Config
 from detbb.core.errors import UserError, unknown_name
 from detbb.core.files import BadFile, check_output, load_tensors, save_tensors
-from detbb.core.schema import find_error
+from detbb.core.forms import Form
 from detbb.detector import build_detector
 from detbb.freeze import digests
 from detbb.heads.loading import config_from_dict
 
-BRANCH_FORM: dict[str, Any] = {  # as `schema.find_error` reads it
-    "format_version": int,
-    "kind": str,
-    "head": str,
-    "config": FORM["config"],
-    "classes": FORM["classes"][str],
-    "tensors": {str: Tensor},
-    "shared": {"digest": str, "tensors": {str: str}},
-    "step": int,
-    "versions": {str: str},
-}
+
+class _SharedForm(Form):
+    digest: str
+    tensors: dict[str, str]
+
+
+class BranchForm(Form):
+    """What is in a branch file; docs/checkpoints.md says what each key holds."""
+
+    format_version: int
+    kind: str
+    head: str
+    config: ConfigForm
+    classes: ClassesForm
+    tensors: dict[str, Tensor]
+    shared: _SharedForm
+    step: int
+    versions: dict[str, str]
 
 
 def read_branch(path: Path | str) -> dict[str, Any]:
-    """A branch file as a dict of `BRANCH_FORM`, on the CPU.
+    """A branch file as a dict of the form `BranchForm`, on the CPU.
 
     Raises: UserError: not a whole branch file; says why.
     """
@@ -57,7 +65,7 @@ def read_branch(path: Path | str) -> dict[str, Any]:
         raise UserError(f"{path}: not a branch file; `tools/checkpoint.py extract CKPT --head NAME -o FILE` makes one")
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: branch format {content.get('format_version')!r}, this version reads {FORMAT_VERSION}")
-    wrong = find_error(content, BRANCH_FORM)
+    wrong = BranchForm.find_error(content)
     if wrong is None and content["shared"]["digest"] != digest_of(content["shared"]["tensors"]):
         wrong = "its digests do not fit together"
     if wrong is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from detbb.config.schema import Config, DataConfig
 from detbb.core.errors import UserError, unknown_name
 from detbb.core.files import BadFile, load_tensors
-from detbb.core.schema import find_error
+from detbb.core.forms import Form
 from detbb.detector import Detector, build_detector, view
 from detbb.freeze import frozen_names, part_of
 from detbb.heads import HeadConfig
@@ -26,22 +26,69 @@ from detbb.heads.loading import config_from_dict
 from detbb.structures.class_list import ClassList
 
 FORMAT_VERSION = 2
-FORM: dict[str, Any] = {  # as `schema.find_error` reads it
-    "format_version": int,
-    "config": {"heads": {str: {"type": str, "data": str, ...: object}}, "inherited_heads": [str], ...: object},
-    "step": int,
-    "phase": int,
-    "model": {str: Tensor},
-    "ema": (None, {"updates": int, "tensors": {str: Tensor}}),
-    "optimizer": {"type": str, "state": {str: {str: object}}},
-    "scaler": {str: object},
-    "rng": {"seed": int, "torch": Tensor},
-    "data": {"images": {str: int}, "batch_size": int, "skipped_in_row": int},
-    "frozen": {"names": [str], "digests": {str: str}},
-    "classes": {str: {"names": [str], "category_ids": [int], "keypoints": [str]}},
-    "versions": {str: str},
-}
-KEYS = tuple(FORM)
+
+
+class _HeadForm(Form, extra="allow"):
+    type: str
+    data: str
+
+
+class ConfigForm(Form, extra="allow"):
+    heads: dict[str, _HeadForm]
+    inherited_heads: list[str]
+
+
+class ClassesForm(Form):
+    names: list[str]
+    category_ids: list[int]
+    keypoints: list[str]
+
+
+class _EmaForm(Form):
+    updates: int
+    tensors: dict[str, Tensor]
+
+
+class _OptimizerForm(Form):
+    type: str
+    state: dict[str, dict[str, Any]]
+
+
+class _RngForm(Form):
+    seed: int
+    torch: Tensor
+
+
+class _DataForm(Form):
+    images: dict[str, int]
+    batch_size: int
+    skipped_in_row: int
+
+
+class _FrozenForm(Form):
+    names: list[str]
+    digests: dict[str, str]
+
+
+class CheckpointForm(Form):
+    """What is in a checkpoint; docs/checkpoints.md says what each key holds."""
+
+    format_version: int
+    config: ConfigForm
+    step: int
+    phase: int
+    model: dict[str, Tensor]
+    ema: _EmaForm | None
+    optimizer: _OptimizerForm
+    scaler: dict[str, Any]
+    rng: _RngForm
+    data: _DataForm
+    frozen: _FrozenForm
+    classes: dict[str, ClassesForm]
+    versions: dict[str, str]
+
+
+KEYS = tuple(CheckpointForm.model_fields)
 
 
 def versions() -> dict[str, str]:
@@ -68,7 +115,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         raise BadFile(f"{path}: not a detbb checkpoint (needs the keys {', '.join(KEYS)})")
     if content["format_version"] != FORMAT_VERSION:
         raise BadFile(f"{path}: checkpoint format {content['format_version']!r}, this version reads {FORMAT_VERSION}")
-    wrong = find_error(content, FORM) or _contradiction(content)
+    wrong = CheckpointForm.find_error(content) or _contradiction(content)
     if wrong is not None:
         raise BadFile(f"{path}: not a whole detbb checkpoint: {wrong}")
     return content

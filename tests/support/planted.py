@@ -903,8 +903,8 @@ FILE_FAULTS = [
     FileFault("classes as one text", "checkpoint", "classes.shapes", lambda f: f.with_("classes/shapes", "abc")),
     FileFault("classes of no head", "checkpoint", "classes of no head do not fit", lambda f: f.with_("classes", {})),
     FileFault("config with an unknown key", "checkpoint", "trian", lambda f: f.with_("config/trian", {})),
-    FileFault("config empty", "checkpoint", "config must have the keys heads", lambda f: f.with_("config", {})),
-    FileFault("config of heads without a type", "checkpoint", "must have the keys type", _without_type),
+    FileFault("config empty", "checkpoint", "config.heads is missing", lambda f: f.with_("config", {})),
+    FileFault("config of heads without a type", "checkpoint", r"heads\.\w+\.type is missing", _without_type),
     FileFault(
         "tensor name without a part",
         "checkpoint",

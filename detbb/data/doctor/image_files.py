@@ -7,20 +7,19 @@ remembered by the name, size and time of every file, so that only the first pass
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 import unicodedata
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from detbb.config.schema import DataConfig
 from detbb.core.files import write_atomically
-from detbb.core.schema import find_error
 from detbb.data.formats.annotation_cache import cache_folder
 from detbb.data.formats.faults import Faults
 from detbb.data.formats.semantic import read_mask
@@ -29,7 +28,6 @@ from detbb.structures.annotations import Annotations, Fault
 
 VERSION = 3  # of what is looked for; another one forgets what was found
 REMEMBERED_FROM_S = 1.0  # passes that took longer are remembered
-FORM = {str: {"faults": [{"kind": str, "count": int, "first": [object], "repaired": bool}], "bad": [int]}}
 MISSING = "image file that is not there"
 UNREADABLE = "image file that cannot be used"
 RENAMED = "file name that is on disk in another Unicode normal form"
@@ -43,6 +41,9 @@ class Findings:
 
     faults: list[Fault] = field(default_factory=list)
     bad: set[int] = field(default_factory=set)
+
+
+_REMEMBERED = TypeAdapter(dict[str, Findings])
 
 
 def examine_files(source: DataConfig, splits: Mapping[str, Annotations]) -> dict[str, Findings]:
@@ -164,22 +165,15 @@ def _memory(source: DataConfig, splits: Mapping[str, Annotations], stats: Mappin
 
 def _recall(path: Path, splits: Mapping[str, Annotations]) -> dict[str, Findings] | None:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = _REMEMBERED.validate_json(path.read_bytes(), strict=True)
+    except (OSError, ValueError):
         return None
-    if find_error(content, FORM) or set(content) != set(splits):
-        return None
-    if any(not 0 <= index < len(splits[split]) for split, c in content.items() for index in c["bad"]):
-        return None
-    return {
-        split: Findings([Fault(**{**f, "first": tuple(f["first"])}) for f in c["faults"]], set(c["bad"]))
-        for split, c in content.items()
-    }
+    fits = set(found) == set(splits) and all(0 <= i < len(splits[name]) for name, f in found.items() for i in f.bad)
+    return found if fits else None
 
 
 def _remember(path: Path, found: Mapping[str, Findings]) -> None:
-    content = {s: {"faults": [asdict(f) for f in c.faults], "bad": sorted(c.bad)} for s, c in found.items()}
     try:
-        write_atomically(path, lambda file: file.write(json.dumps(content).encode()))
+        write_atomically(path, lambda file: file.write(_REMEMBERED.dump_json(dict(found))))
     except (OSError, ValueError):  # a home that cannot be written to: the next pass takes as long
         return
