@@ -29,7 +29,8 @@ def peak(way: str, head: str, options: Any) -> float:
     import torch
     import train_step
 
-    from detbb.feature_cache.cache import RELEASE_AFTER, FeatureCache, Plan, Store
+    from detbb.data.feature_store import Plan, Store
+    from detbb.feature_cache.cache import RELEASE_AFTER, FeatureCache
     from detbb.structures.batch import CacheEntry
 
     def status(key: str) -> float:
@@ -49,10 +50,10 @@ def peak(way: str, head: str, options: Any) -> float:
             prefix = made.prefix
             shapes = {n: (*level.shape[2:], level.shape[1]) for n, level in prefix(batch).precomputed.levels.items()}
             plan = Plan(options.batch, 1, (options.size, options.size), shapes, torch.float32)
-            made.prefix = FeatureCache(prefix, {batch.source: Store(plan, None)})
-            batch.entries = tuple(CacheEntry(slot, bytes(range(32)), stored=False) for slot in range(options.batch))
+            made.prefix = FeatureCache(prefix, {batch.source: Store(plan)})
+            batch.entries = tuple(CacheEntry(slot, bytes(range(32)), is_stored=False) for slot in range(options.batch))
             made.prefix(batch)
-            batch.images, batch.entries = batch.images[:0], tuple(e._replace(stored=True) for e in batch.entries)
+            batch.images, batch.entries = batch.images[:0], tuple(e._replace(is_stored=True) for e in batch.entries)
             for _ in range(RELEASE_AFTER):
                 made.prefix(batch)
         step = train_step.step_of(made, batch)

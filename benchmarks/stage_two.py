@@ -25,13 +25,14 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detbb.config.schema import Config, DataConfig
+from detbb.data.feature_store import Store
 from detbb.data.formats import read_split
 from detbb.data.formats.shapes import generate_shapes
 from detbb.data.loader import train_loader
 from detbb.detector import build_detector
 from detbb.distributed.processes import wrap
 from detbb.feature_cache import setup as cache_setup
-from detbb.feature_cache.cache import FeatureCache, Store
+from detbb.feature_cache.cache import FeatureCache
 from detbb.feature_cache.frozen_prefix import FrozenPrefix
 from detbb.heads import find_head
 from detbb.structures.annotations import Annotations
@@ -151,7 +152,7 @@ def compare(head: str, options: Any, folder: Path) -> list[dict[str, Any]]:
         epoch()
 
     def first() -> None:
-        made.prefix = FeatureCache(prefix, {"made": Store(plan, None)})
+        made.prefix = FeatureCache(prefix, {"made": Store(plan)})
         epoch()
 
     rows = [timing.row(f"{name}: first epoch", timing.in_turn({"no cache": uncached, "cache": first}, **measure))]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +17,8 @@ from detbb.config.schema import DataConfig, SplitConfig
 from detbb.core.errors import UserError
 from detbb.data.formats import read_split
 from detbb.data.formats.coco import flip_pairs, read_coco
-from detbb.data.formats.fork_map import spread
 from detbb.data.formats.semantic import read_mask
 from detbb.structures.annotations import Annotations
-from detbb.training.signals import StopSignals
 
 GOOD = [box(5, 7, [1, 2, 10, 20]), box(6, 0, [0, 0, 5, 5], 90), box(9, 7, [3.5, 4.25, 6, 7], 90, iscrowd=1)]
 
@@ -476,10 +470,7 @@ def everything(data: Annotations) -> dict[str, Any]:
     return arrays | {"files": list(data.file_names), "masks": masks, "faults": data.faults}
 
 
-@pytest.mark.parametrize("cores", [1, 3])
-def test_runs_of_objects_on_several_processes_are_the_file_read_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
-) -> None:
+def test_a_file_read_in_runs_is_the_file_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     polygon, square = [1.5, 2, 9, 2, 9, 12.25], {"size": [30, 40], "counts": [600, 5, 595]}
     shapes: list[Any] = [[polygon], None, square, [polygon, polygon[::-1]], [], [polygon[:4]], [polygon]]
     rows = [box(20 - k, 7 * (k % 2), [k, 1, 5, 5.5], segmentation=s) for k, s in enumerate(shapes)]
@@ -490,8 +481,6 @@ def test_runs_of_objects_on_several_processes_are_the_file_read_at_once(
     ]
     at_once = everything(read(tmp_path, rows))
     monkeypatch.setattr("detbb.data.formats.coco_json.AT_ONCE", 2)
-    monkeypatch.setattr("detbb.data.formats.coco.LEAST_RUNS", 1)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     assert everything(read(tmp_path, rows)) == at_once and len(at_once["masks"]) == 7
     with pytest.raises(UserError, match=r"2 x segmentation with an odd .* annotation ids 30, 31"):
         read(tmp_path, [*rows, *wrong])
@@ -499,67 +488,3 @@ def test_runs_of_objects_on_several_processes_are_the_file_read_at_once(
         read(tmp_path, [*rows[:6], rows[6] | {"bbox": [1, 2, 3]}])
     with pytest.raises(UserError, match=r"1 x box that is not finite .* annotation ids 99"):
         read(tmp_path, [*rows, box(99, 7, [1, float("nan"), 2, 2])])
-
-
-def test_spread_works_where_a_sandbox_allows_no_anonymous_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "memfd_create", _refuse, raising=False)
-    results, joined = spread(lambda k: ((k, os.getpid()), np.full(2, float(k))), range(4), least=1)
-    assert results == [(k, os.getpid()) for k in range(4)] and joined.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def _refuse(*arguments: object) -> None:
-    raise PermissionError(1, "Operation not permitted")
-
-
-@pytest.mark.parametrize("cores", [1, 2, 5])
-def test_spread_results_keep_their_order_and_arrays_are_joined(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    whole = np.random.default_rng(0).normal(size=3_000_000)
-    ends = [0, 0, 7, 7, 1_000_001, 1_000_002, 2_900_000, 3_000_000, 3_000_000]
-    results, joined = spread(lambda k: ((k, os.getpid()), whole[ends[k] : ends[k + 1]]), range(8), least=1)
-    assert [k for k, _ in results] == list(range(8)) and len({process for _, process in results}) == cores
-    assert joined.tobytes() == whole.tobytes() and joined.dtype == whole.dtype and joined.flags.writeable
-    assert spread(lambda k: (k, whole[:0]), range(8), least=1)[1].shape == (0,)
-    if cores > 1:
-        with pytest.raises(ChildProcessError, match="exit code 3"):
-            spread(lambda k: (k, whole if k < 7 else os._exit(3)), range(8), least=1)
-
-
-def test_reading_on_several_processes_leaves_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
-
-    def work(piece: int, *, end: Callable[[], object]) -> tuple[bytes, np.ndarray]:
-        if piece == 0:
-            end()
-        (tmp_path / f"{os.getpid()}").touch()
-        return bytes(1_000_000), np.zeros(0)  # more than a pipe holds
-
-    def refuse() -> None:
-        raise UserError("refused")
-
-    with StopSignals(), pytest.raises(UserError, match="refused"):  # the workers inherit a handler that ends nothing
-        spread(partial(work, end=refuse), range(3), least=1)
-    assert not multiprocessing.active_children()
-    for file in tmp_path.iterdir():
-        file.unlink()
-
-    def kill() -> None:
-        while len(list(tmp_path.iterdir())) < 2:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    arguments = (partial(work, end=kill), range(3))
-    killed = multiprocessing.get_context("fork").Process(target=spread, args=arguments, kwargs={"least": 1})
-    killed.start()
-    killed.join()
-    deadline = time.monotonic() + 10
-    while alive := [p.name for p in tmp_path.iterdir() if _runs(int(p.name))]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.05)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

@@ -230,7 +230,8 @@ class TrainConfig(Section):
     grad_clip: PositiveFloat | None = None
     """Largest L2 norm of the gradient of everything that is trained; `null`: no clipping."""
     cache_features: Literal["off", "memory", "disk", "auto"] = "off"
-    """Store what the frozen part puts out, once: `memory`, `disk`, or `auto` (if it fits and pays; says why if not)."""
+    """Store what the frozen part puts out, once: `memory`, `disk`, or `auto` (`disk` if it fits and pays).
+    The log says why not."""
     cache_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What features are stored as. `fp32` loses nothing; the others take half the space."""
     cache_dir: str | None = None

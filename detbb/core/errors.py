@@ -35,6 +35,11 @@ def tell_torchrun(error_file: str | None, text: str) -> None:
             json.dump({"message": {"message": text.strip(), "extraInfo": details}}, file)
 
 
+def one_line(error: object, most: int = 300) -> str:
+    """What an error says, without line breaks and in at most so many characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def unknown_name(where: str, name: str, valid: Iterable[str]) -> UserError:
     """The error for a name that is none of the valid ones: lists them, and says the nearest."""
     valid = list(valid)

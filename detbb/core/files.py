@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import re
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -55,6 +56,28 @@ def write_atomically(
         except BaseException:
             tidy([temporary])
             raise
+
+
+def make_folder(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Make `folder` hold what `fill(path)` writes, unless it is there. It appears whole or not at all.
+
+    Of several processes that make it at once, the first one's stays.
+    """
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        fill(unfinished)
+        with suppress(PermissionError):  # shares without permissions
+            unfinished.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
+        os.rename(unfinished, folder)
+        sync_folder(folder.parent)
+    except OSError:
+        if not folder.exists():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def tidy(files: Iterable[Path]) -> list[str]:

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from detbb.core.errors import UserError
+from detbb.core.errors import UserError, one_line
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")  # no format that starts a program
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pnm .jp2 .j2k".split())  # noqa: SIM905
@@ -99,7 +99,7 @@ def read_image(path: str | Path, max_pixels: int) -> np.ndarray:
                 image = image.transpose(_UPRIGHT[orientation])
             return _rgb(image)
         except Exception as e:  # decoders raise anything on bytes they do not expect
-            raise BadImage(path, f"cannot be decoded: {_line(e)}") from None
+            raise BadImage(path, f"cannot be decoded: {one_line(e, 200)}") from None
 
 
 def read_index_png(path: str | Path, max_pixels: int) -> np.ndarray:
@@ -113,7 +113,7 @@ def read_index_png(path: str | Path, max_pixels: int) -> np.ndarray:
         try:
             return np.array(image, dtype=np.uint8)
         except Exception as e:
-            raise BadImage(path, f"cannot be decoded: {_line(e)}") from None
+            raise BadImage(path, f"cannot be decoded: {one_line(e, 200)}") from None
 
 
 def readable_headers(root: Path, names: Iterable[str]) -> tuple[dict[str, tuple[int, int]], list[str]]:
@@ -194,7 +194,7 @@ def _identify(path: str | Path, file: BinaryIO) -> Image.Image:
         reason = f"is a TIFF of {_NO_RANGE}" if start in (b"II*\0", b"MM\0*") else "is not an image of a known format"
         raise BadImage(path, reason if start else "is empty") from None
     except Exception as e:
-        raise BadImage(path, f"cannot be decoded: {_line(e)}") from None
+        raise BadImage(path, f"cannot be decoded: {one_line(e, 200)}") from None
     tags = getattr(image, "tag_v2", {})  # of a TIFF: bits a sample, and whether they are unsigned integers (1)
     unsigned = set(tags.get(339, (1,))) == {1} and set(tags.get(258, (8,))) <= {1, 2, 4, 8, 16}
     if not unsigned or image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # 16-bit PGM is `I`, too
@@ -229,7 +229,3 @@ def _rgb(image: Image.Image) -> np.ndarray:
         deep = np.asarray(image).astype(np.int64).clip(0, 65535)
         return np.repeat(((deep + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
     return np.array(image.convert("RGB"))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

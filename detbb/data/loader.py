@@ -9,7 +9,7 @@ import signal
 import warnings
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,14 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from detbb.config.schema import Config, DataConfig
 from detbb.core.errors import UserError
+from detbb.data.feature_store import Store
 from detbb.data.images import BadImage
 from detbb.data.sample import SampleReader
 from detbb.data.sampler import MicroBatch, SampleKey, SampleOrder, SourceSchedule, StepSampler, hash_seed
 from detbb.structures.annotations import Annotations
 from detbb.structures.batch import Batch, CacheEntry, Target, collate
-
-if TYPE_CHECKING:
-    from detbb.feature_cache.cache import Store
 
 
 class TrainDataset(Dataset):

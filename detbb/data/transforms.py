@@ -16,7 +16,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from detbb.config.schema import DataConfig
-from detbb.core.errors import UserError, unknown_name
+from detbb.core.errors import UserError, one_line, unknown_name
 from detbb.data.formats.semantic import IGNORE
 from detbb.data.sampler import hash_seed
 from detbb.structures.annotations import Segments
@@ -110,7 +110,7 @@ class Transform:
             try:
                 result = _apply(_composed([certain]), sample, [])
             except Exception as e:  # a transform may raise anything
-                raise UserError(f"{position}: {type(leaf).__name__} cannot be used: {_line(e)}") from None
+                raise UserError(f"{position}: {type(leaf).__name__} cannot be used: {one_line(e)}") from None
             if result.image.dtype != np.uint8 or result.image.shape[2:] != (3,):
                 raise UserError(
                     f"{position}: {type(leaf).__name__} does not give a uint8 RGB image; the network normalises"
@@ -253,7 +253,7 @@ def _build(spec: Any, position: str, *, semantic: bool) -> Any:
     try:
         return known[name](**arguments)
     except Exception as e:  # argument checks of albumentations
-        raise UserError(f"{position} ({name}): {_line(e)}") from None
+        raise UserError(f"{position} ({name}): {one_line(e)}") from None
 
 
 def _leaves(transforms: Sequence[Any], position: str) -> Iterator[tuple[str, Any]]:
@@ -262,7 +262,3 @@ def _leaves(transforms: Sequence[Any], position: str) -> Iterator[tuple[str, Any
             yield from _leaves(t.transforms, f"{position}[{i}].transforms")
         else:
             yield f"{position}[{i}]", t
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -7,9 +7,7 @@ key, no average, no DDP bucket, no digest knows of them.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -17,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from detbb.config.schema import TrainConfig
+from detbb.core.errors import one_line
 from detbb.detector import Detector
 from detbb.freeze import averaged_names, tensors_of
 from detbb.modeling.precision import AUTOCAST
@@ -68,7 +68,6 @@ class FrozenPrefix:
         """The outputs that later parts may read, by stage or level name, from (B, 3, H, W) uint8 images."""
         if not self._stages:
             self._make()
-            _give_back_memory()
         with torch.autocast(images.device.type, self._autocast, self._autocast is not None):
             return self._run(self._detector.normalize(images, sizes))
 
@@ -76,18 +75,17 @@ class FrozenPrefix:
         """Let go of the copies until a batch needs them again; not of compiled ones, which take long to make."""
         if not self._config.compile:
             self._stages, self._neck = {}, None
-            _give_back_memory()
 
     def _make(self) -> None:
         detector = self._detector
-        names = detector.backbone.stages[: _position(detector.backbone.stages, self.after)]
+        stages = detector.backbone.stages
+        names = stages if self.after == "neck" else stages[: stages.index(self.after) + 1]
         self._stages = {name: nn.Sequential(*detector.backbone.stage_modules(name)) for name in names}
         self._neck = detector.neck if self.after == "neck" else None
         if self._config.fold_frozen == "auto":
             dtype = self._autocast or detector.pixel_mean.dtype
-            pack = not self._config.compile and _can_pack(detector.pixel_mean.device, dtype)
-            self._stages = {name: folded(stage, dtype, pack=pack) for name, stage in self._stages.items()}
-            self._neck = folded(self._neck, dtype, pack=pack) if self._neck is not None else None
+            self._stages = {name: folded(stage, dtype) for name, stage in self._stages.items()}
+            self._neck = folded(self._neck, dtype) if self._neck is not None else None
 
     def _levels(self, x: Tensor) -> dict[str, Tensor]:
         levels = {}
@@ -98,25 +96,28 @@ class FrozenPrefix:
         return self._neck(levels) if self._neck is not None else levels
 
 
-def folded(part: nn.Module, dtype: torch.dtype, *, pack: bool = False) -> nn.Module:
+def folded(part: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of `part` for computing in eval mode: convolution and norm as one convolution, weights in `dtype`.
 
     Folds in fp64 each norm with statistics of its own (batch, sync and frozen) that directly follows a convolution.
-    Shares every tensor that it does not change. pack: see `_PackedConv2d`.
+    Shares every tensor that it does not change.
     """
     copied = copy.deepcopy(part, {id(t): t for t in [*part.parameters(), *part.buffers()]}).eval()
     for module in [*copied.modules()]:
         for (_, conv), (name, norm) in pairwise([*module.named_children()]):
             if isinstance(conv, nn.Conv2d) and getattr(norm, "running_mean", None) is not None:
-                _fold(conv, norm)
+                of_norm = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+                wide: list[Any] = [
+                    t.double() if isinstance(t, Tensor) else t for t in (conv.weight, conv.bias, *of_norm)
+                ]
+                conv.weight, conv.bias = fuse_conv_bn_weights(*wide)
                 setattr(module, name, nn.Identity())
-    for module in [*copied.modules()]:
-        for name, conv in [*module.named_children()]:
-            if isinstance(conv, nn.Conv2d):
-                conv.weight = _constant(conv.weight, dtype)
-                conv.bias = _constant(conv.bias, dtype) if conv.bias is not None else None
-                if pack and conv.padding_mode == "zeros":
-                    setattr(module, name, _PackedConv2d(conv))
+    for conv in copied.modules():
+        if isinstance(conv, nn.Conv2d):
+            weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
+            conv.weight = nn.Parameter(weight, requires_grad=False)
+            if conv.bias is not None:
+                conv.bias = nn.Parameter(conv.bias.detach().to(dtype), requires_grad=False)
     return copied
 
 
@@ -132,63 +133,8 @@ def compiled(function: Callable[..., Any], name: str, log: Callable[[str], None]
                     return fast(*args)
             except Exception as error:  # what compilers raise is not of one kind
                 fast = function
-                reason = " ".join(str(error).split())[:160]
-                log(f"WARNING: train.compile: {name} runs uncompiled: {type(error).__name__}: {reason}")
+                reason = f"{type(error).__name__}: {one_line(error, 160)}"
+                log(f"WARNING: train.compile: {name} runs uncompiled: {reason}")
         return function(*args)
 
     return run
-
-
-class _PackedConv2d(nn.Module):
-    """A convolution whose weight lies as oneDNN wants it for this input shape; `nn.Conv2d` re-orders it at each call.
-
-    Holds one form of the weight, made anew when the shape changes.
-    """
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        assert not isinstance(conv.padding, str)
-        self._geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        self._weight, self._bias = conv.weight.detach(), conv.bias
-        self._shape: torch.Size | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape != self._shape:
-            weight = self._weight.to_dense() if self._weight.is_mkldnn else self._weight
-            self._weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._geometry, list(x.shape))
-            self._shape = x.shape
-        return torch.ops.mkldnn._convolution_pointwise(x, self._weight, self._bias, *self._geometry, "none", [], "")
-
-
-def _can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    usable = bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
-    there = all(hasattr(torch.ops.mkldnn, n) for n in ("_reorder_convolution_weight", "_convolution_pointwise"))
-    return device.type == "cpu" and dtype == torch.float32 and usable and there
-
-
-def _give_back_memory() -> None:
-    """Return what was freed to the system: glibc keeps it, in pieces that activations do not fit into."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # where it is not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _position(stages: tuple[str, ...], after: str) -> int:
-    return len(stages) if after == "neck" else stages.index(after) + 1
-
-
-@torch.no_grad()
-def _fold(conv: nn.Conv2d, norm: Any) -> None:
-    """y = (conv(x) - mean) / sqrt(var + eps) * weight + bias, as one convolution."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    bias = -norm.running_mean.double() if conv.bias is None else conv.bias.double() - norm.running_mean.double()
-    bias = bias * scale if norm.bias is None else bias * scale + norm.bias.double()
-    dtype = conv.weight.dtype
-    conv.weight = _constant(conv.weight.double() * scale.view(-1, 1, 1, 1), dtype)
-    conv.bias = _constant(bias, dtype)
-
-
-def _constant(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
-    return nn.Parameter(tensor.detach().to(dtype, memory_format=layout), requires_grad=False)

@@ -25,11 +25,10 @@ from detbb.core.errors import UserError
 from detbb.core.files import check_output, write_atomically
 from detbb.data.images import BadImage, list_images, read_image
 from detbb.detector import Detector
-from detbb.structures.batch import ImageSize
+from detbb.structures.batch import BATCH_STRIDE, ImageSize, round_up
 from detbb.structures.predictions import Predictions
 
 OPSET = 18
-STRIDE = 32  # what sides must be multiples of
 TOLERANCE = 1e-4  # in units of SCALES; of the largest value for what is not a detection
 MIN_MATCHED = 0.99  # of the detections; NMS and thresholds may decide the other way where numbers are nearly equal
 SCALES = {"boxes": 0.0, "scores": 1.0, "labels": 1.0, "masks": 10.0, "keypoints": 0.0}  # 0: the longest side
@@ -184,9 +183,9 @@ def check_images(config: Config, size: tuple[int, int]) -> list[Tensor]:
 def _checked_size(config: Config, heads: Sequence[str], size: tuple[int, int] | None) -> tuple[int, int]:
     if size is None:
         short, longest = config.data[config.heads[heads[0]].data].image_size
-        return -(-short // STRIDE) * STRIDE, -(-longest // STRIDE) * STRIDE
-    if any(s < STRIDE or s % STRIDE for s in size):
-        raise UserError(f"--size: {size[0]} {size[1]}; valid are multiples of {STRIDE}")
+        return round_up(short), round_up(longest)
+    if any(s < BATCH_STRIDE or s % BATCH_STRIDE for s in size):
+        raise UserError(f"--size: {size[0]} {size[1]}; valid are multiples of {BATCH_STRIDE}")
     return size
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+Segmentation = list[list[float]] | dict[str, Any] | None  # of one object, as COCO writes it
+
 
 class PackedStrings:
     """A read-only list of strings in two arrays."""
@@ -44,55 +46,49 @@ class Segments:
     code does not cover its image.
     """
 
-    def __init__(self, items: Iterable[list[list[float]] | dict | None], sizes: np.ndarray | None = None) -> None:
+    def __init__(self, items: Iterable[Segmentation], sizes: np.ndarray | None = None) -> None:
         """`items`: one COCO `segmentation` each: a list of flat polygons, an RLE dict, or None.
 
         `sizes`: (M, 2) height, width of their images; without, run-length codes are taken as they are.
         """
-        items = list(items)
-        coded = [row for row, item in enumerate(items) if type(item) is dict]
-        unfit = [row for row in coded if sizes is not None and not rle_fits(items[row], *sizes[row].tolist())]  # type: ignore[arg-type]
-        rles = {row: _compressed_rle(items[row]) for row in coded if row not in unfit}  # type: ignore[arg-type]
-        lists = [item if type(item) is list else [] for item in items]
-        polygons = list(chain.from_iterable(lists))
-        lengths = np.fromiter(map(len, polygons), np.int64, len(polygons))
-        owners = np.repeat(np.arange(len(items)), np.fromiter(map(len, lists), np.int64, len(lists)))
-        self.wrong = np.union1d(unfit, owners[lengths % 2 == 1]).astype(np.int64)
-        areas = lengths >= 6
-        if not areas.all():
-            polygons, lengths, owners = list(compress(polygons, areas)), lengths[areas], owners[areas]
-        self._xy = np.fromiter(chain.from_iterable(polygons), np.float64, int(lengths.sum()))
-        self._polygon_first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self._first = np.searchsorted(owners, np.arange(len(items) + 1)).astype(np.int64)
-        self._rle_rows = np.array(list(rles), dtype=np.int64)
-        self._rle_hw = np.array([r[:2] for r in rles.values()], dtype=np.int64).reshape(-1, 2)
-        self._rle_counts = PackedStrings(r[2].decode("ascii") for r in rles.values())
-        self._rows = np.arange(len(items))  # where each object is in the arrays above
-
-    def give_numbers(self) -> np.ndarray:
-        """The coordinates of all polygons, flat, which this no longer holds: `join` takes them."""
-        numbers, self._xy = self._xy, self._xy[:0].copy()
-        return numbers
+        self._fill([(list(items), sizes)])
 
     @staticmethod
-    def join(parts: Sequence[Segments], xy: np.ndarray) -> Segments:
-        """The objects of all parts in their order. parts: as made, nothing taken out of them but the numbers, `xy`."""
-        whole = Segments([])
-        rows = np.cumsum([0] + [len(part._first) - 1 for part in parts])
-        polygons = np.cumsum([0] + [len(part._polygon_first) - 1 for part in parts])
-        numbers = np.cumsum([0] + [int(part._polygon_first[-1]) for part in parts])
+    def from_runs(runs: Iterable[tuple[Sequence[Segmentation], np.ndarray | None]]) -> Segments:
+        """The masks of all runs of (items, sizes). Only one run's Python numbers are in memory at a time."""
+        segments = object.__new__(Segments)
+        segments._fill(runs)
+        return segments
 
-        def shifted(arrays: Iterable[np.ndarray], by: np.ndarray) -> np.ndarray:
-            return np.concatenate([array + offset for array, offset in zip(arrays, by.tolist(), strict=False)])
-
-        whole._xy = xy
-        whole._polygon_first = np.append(shifted((part._polygon_first[:-1] for part in parts), numbers), numbers[-1])
-        whole._first = np.append(shifted((part._first[:-1] for part in parts), polygons), polygons[-1])
-        whole._rle_hw = np.concatenate([part._rle_hw for part in parts])
-        whole._rle_rows = shifted((part._rle_rows for part in parts), rows)
-        whole._rle_counts = PackedStrings(chain.from_iterable(part._rle_counts for part in parts))
-        whole._rows, whole.wrong = (shifted((getattr(p, name) for p in parts), rows) for name in ("_rows", "wrong"))
-        return whole
+    def _fill(self, runs: Iterable[tuple[Sequence[Segmentation], np.ndarray | None]]) -> None:
+        xy, all_lengths, counts = [], [], []  # flat coordinates; numbers a polygon; polygons an object
+        codes: dict[int, tuple[int, int, bytes]] = {}
+        unfit, size = [], 0
+        for items, sizes in runs:
+            for row in [row for row, item in enumerate(items) if type(item) is dict]:
+                if sizes is None or rle_fits(items[row], *sizes[row].tolist()):  # type: ignore[arg-type]
+                    codes[size + row] = _compressed_rle(items[row])  # type: ignore[arg-type]
+                else:
+                    unfit.append(size + row)
+            lists = [item if type(item) is list else [] for item in items]
+            polygons = list(chain.from_iterable(lists))
+            counts.append(np.fromiter(map(len, lists), np.int64, len(lists)))
+            all_lengths.append(np.fromiter(map(len, polygons), np.int64, len(polygons)))
+            areas = all_lengths[-1] >= 6
+            if not areas.all():
+                polygons = list(compress(polygons, areas))
+            xy.append(np.fromiter(chain.from_iterable(polygons), np.float64, int(all_lengths[-1][areas].sum())))
+            size += len(items)
+        lengths, owners = np.concatenate(all_lengths), np.repeat(np.arange(size), np.concatenate(counts))
+        self.wrong = np.union1d(unfit, owners[lengths % 2 == 1]).astype(np.int64)
+        lengths, owners = lengths[lengths >= 6], owners[lengths >= 6]
+        self._xy = np.concatenate(xy)
+        self._polygon_first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self._first = np.searchsorted(owners, np.arange(size + 1)).astype(np.int64)
+        self._rle_rows = np.array(list(codes), dtype=np.int64)
+        self._rle_hw = np.array([code[:2] for code in codes.values()], dtype=np.int64).reshape(-1, 2)
+        self._rle_counts = PackedStrings(code[2].decode("ascii") for code in codes.values())
+        self._rows = np.arange(size)  # where each object is in the arrays above
 
     def take(self, rows: np.ndarray) -> Segments:
         """These objects, sharing the arrays."""

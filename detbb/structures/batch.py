@@ -16,6 +16,11 @@ from torch import Tensor
 BATCH_STRIDE = 32  # height and width of batches are multiples of it
 
 
+def round_up(size: int, stride: int = BATCH_STRIDE) -> int:
+    """The next multiple of `stride`."""
+    return -(-size // stride) * stride
+
+
 class ImageSize(NamedTuple):
     """One image's size inside a padded batch, and on disk (after EXIF rotation)."""
 
@@ -106,8 +111,8 @@ def collate(
     at_least: tuple[int, int] = (0, 0),
 ) -> Batch:
     """Pad (3, h, w) uint8 images with zeros to one size that is a multiple of `stride` and covers `at_least` (h, w)."""
-    height = -(-max([at_least[0], *(i.shape[1] for i in images)]) // stride) * stride
-    width = -(-max([at_least[1], *(i.shape[2] for i in images)]) // stride) * stride
+    height = round_up(max([at_least[0], *(i.shape[1] for i in images)]), stride)
+    width = round_up(max([at_least[1], *(i.shape[2] for i in images)]), stride)
     padded = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
     for row, image in zip(padded, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image

@@ -1,7 +1,7 @@
 """What only the image files can tell: missing and unusable ones, other sizes than annotated, images in both splits.
 
 Only headers are read, whole masks, and the bytes of files of one size that are in both splits. The findings are
-remembered by the name, size and time of every file, so that only the first pass over a large set takes long.
+kept by the name, size and time of every file, so that only the first pass over a large set takes long.
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from detbb.config.schema import DataConfig
-from detbb.core.files import write_atomically
-from detbb.data.formats.annotation_cache import cache_folder
+from detbb.core import cache
 from detbb.data.formats.faults import Faults
 from detbb.data.formats.semantic import read_mask
 from detbb.data.images import THREADS, BadImage, image_header, safe_join, with_reasons
 from detbb.structures.annotations import Annotations, Fault
 
-VERSION = 3  # of what is looked for; another one forgets what was found
-REMEMBERED_FROM_S = 1.0  # passes that took longer are remembered
 MISSING = "image file that is not there"
 UNREADABLE = "image file that cannot be used"
 RENAMED = "file name that is on disk in another Unicode normal form"
@@ -43,24 +40,24 @@ class Findings:
     bad: set[int] = field(default_factory=set)
 
 
-_REMEMBERED = TypeAdapter(dict[str, Findings])
+_FINDINGS = TypeAdapter(dict[str, Findings])
 
 
 def examine_files(source: DataConfig, splits: Mapping[str, Annotations]) -> dict[str, Findings]:
-    """Findings of each split (`train`, `val`); remembered below `$XDG_CACHE_HOME/detbb` (~/.cache/detbb)."""
+    """Findings of each split (`train`, `val`); those of a pass that took long are kept in the cache."""
     with ThreadPoolExecutor(THREADS) as threads:
         stats = {
             s: np.array(list(threads.map(_stat, _paths(a))), dtype=np.int64).reshape(-1, 2) for s, a in splits.items()
         }
-        memory = _memory(source, splits, stats)
-        found = _recall(memory, splits)
-        if found is None:
-            began = time.perf_counter()
-            found = {s: _look(source, a, stats[s][: len(a)], threads) for s, a in splits.items()}
-            if len(splits) == 2:
-                _find_leaks(source, splits, stats, found["val"])
-            if time.perf_counter() - began > REMEMBERED_FROM_S:
-                _remember(memory, found)
+        key = _cache_key(source, splits, stats)
+        if (entry := cache.load(key, None)) is not None:
+            return _FINDINGS.validate_python(entry[1])
+        began = time.perf_counter()
+        found = {s: _look(source, a, stats[s][: len(a)], threads) for s, a in splits.items()}
+        if len(splits) == 2:
+            _find_leaks(source, splits, stats, found["val"])
+        if time.perf_counter() - began > cache.SLOW_S:
+            cache.store(key, None, arrays={}, data=_FINDINGS.dump_python(found, mode="json"))
     return found
 
 
@@ -150,30 +147,9 @@ def _digest(path: Path) -> bytes | None:
         return None
 
 
-def _memory(source: DataConfig, splits: Mapping[str, Annotations], stats: Mapping[str, np.ndarray]) -> Path:
-    """Where the findings about exactly these files are remembered."""
-    key = hashlib.blake2b(digest_size=16)
-    key.update(repr((VERSION, source.on_bad_image, source.max_pixels, source.allow_leak)).encode())
+def _cache_key(source: DataConfig, splits: Mapping[str, Annotations], stats: Mapping[str, np.ndarray]) -> str:
+    """Follows from exactly these files, and from what is asked about them."""
+    parts: list[object] = [source.on_bad_image, source.max_pixels, source.allow_leak]
     for split, a in splits.items():
-        paths = "\0".join(map(os.path.abspath, _paths(a)))
-        key.update(f"{split}\0{paths}".encode("utf-8", "surrogateescape"))
-        key.update(
-            a.sizes.tobytes() + stats[split].tobytes() + (b"" if a.mask_values is None else a.mask_values.tobytes())
-        )
-    return cache_folder() / f"{key.hexdigest()}.json"
-
-
-def _recall(path: Path, splits: Mapping[str, Annotations]) -> dict[str, Findings] | None:
-    try:
-        found = _REMEMBERED.validate_json(path.read_bytes(), strict=True)
-    except (OSError, ValueError):
-        return None
-    fits = set(found) == set(splits) and all(0 <= i < len(splits[name]) for name, f in found.items() for i in f.bad)
-    return found if fits else None
-
-
-def _remember(path: Path, found: Mapping[str, Findings]) -> None:
-    try:
-        write_atomically(path, lambda file: file.write(_REMEMBERED.dump_json(dict(found))))
-    except (OSError, ValueError):  # a home that cannot be written to: the next pass takes as long
-        return
+        parts += [split, [*map(os.path.abspath, _paths(a))], a.sizes, stats[split], a.mask_values]
+    return cache.key(*parts)

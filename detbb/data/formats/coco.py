@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -12,15 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from detbb.core.errors import UserError
-from detbb.data.formats.annotation_cache import Remembered
+from detbb.data.formats.annotation_cache import AnnotationCache
 from detbb.data.formats.base import annotations_of
 from detbb.data.formats.coco_json import Category, CocoFile, Image, Object, no_garbage_collection
 from detbb.data.formats.faults import MAX_COORDINATE, Faults, Rows, choose_classes
-from detbb.data.formats.fork_map import spread
 from detbb.data.images import BadImage, image_header, name_fault, safe_join
 from detbb.structures.annotations import Annotations, Segments
 
-LEAST_RUNS = 32  # of objects, for a process to be worth its start
 _FIELDS = attrgetter(*Object.__struct_fields__)
 _NO_BOX = (np.nan,) * 4
 _SIDE = re.compile(r"left|right|(?<![^\W_])[lr](?![^\W_])")
@@ -40,18 +38,18 @@ def read_coco(
 
     Labels follow the category ids, or the order of `classes`: objects of other classes are left out, with `exact` there
     may be none, with `may_lack` the file need not have all of them. Crowds are kept and flagged. A file without any box
-    says what whole images are: each object gets a box around its image. Raises UserError for what
-    cannot be repaired, with the first ids, unless `faults` is not strict.
-    What a large file became is remembered, if nothing else had a part in it.
+    says what whole images are: each object gets a box around its image. Raises UserError for what cannot be repaired,
+    with the first ids, unless `faults` is not strict.
+    What a large file became is kept for the next start, if no other file had a part in it.
     """
     faults = faults or Faults(annotations)
-    memory = Remembered(annotations, ("coco", None if classes is None else tuple(classes), exact, may_lack))
-    if (recalled := memory.recall(images)) is not None:
-        faults.found += recalled.faults
-        return recalled
+    cache = AnnotationCache(annotations, ("coco", None if classes is None else tuple(classes), exact, may_lack))
+    if (known := cache.load(images)) is not None:
+        faults.found += known.faults
+        return known
     found = _read(images, annotations, classes, faults, exact=exact, may_lack=may_lack)
     if all(f.repaired for f in found.faults) and not faults.of_images:
-        memory.remember(found)
+        cache.store(found)
     return found
 
 
@@ -145,12 +143,14 @@ class _Images(NamedTuple):
 def _rows(file: CocoFile, images: _Images, category_ids: np.ndarray, points: int, faults: Faults) -> Rows:
     """The objects of images that can be used, with `points` keypoints each."""
 
-    def read(start: int) -> tuple[dict[str, Any], np.ndarray]:
-        columns = _columns(file.objects(start), images, points)
-        return columns, columns["segments"].give_numbers()
+    parts = []
 
-    parts, numbers = spread(read, file.starts, least=LEAST_RUNS)
-    all_segments = Segments.join([part.pop("segments") for part in parts], numbers)
+    def segmentations() -> Iterator[tuple[list[Any], np.ndarray]]:
+        for objects in file.runs():
+            parts.append(_columns(objects, points))
+            yield [o.segmentation for o in objects], images.sizes_of(parts[-1]["image"])
+
+    segments = Segments.from_runs(segmentations())
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     ids = columns["id"]
     known_image = _lookup(np.array([i.id for i in file.images], dtype=np.int64), columns["image"])[1]
@@ -178,12 +178,12 @@ def _rows(file: CocoFile, images: _Images, category_ids: np.ndarray, points: int
         area=columns["area"],
         crowd=columns["crowd"],
         ids=columns["id"],
-        segments=all_segments.take(np.flatnonzero(used)) if columns["shaped"].any() else None,
+        segments=segments.take(np.flatnonzero(used)) if columns["shaped"].any() else None,
         keypoints=columns["keypoints"] if columns["has_points"].any() else None,
     )
 
 
-def _columns(objects: list[Object], images: _Images, points: int) -> dict[str, Any]:
+def _columns(objects: list[Object], points: int) -> dict[str, Any]:
     image, category, number, box, area, crowd, shape, pointed = (
         zip(*map(_FIELDS, objects), strict=True) if objects else [()] * 8
     )
@@ -203,7 +203,6 @@ def _columns(objects: list[Object], images: _Images, points: int) -> dict[str, A
         "area": np.array(area, dtype=np.float64),  # NaN for None
         "crowd": np.array(crowd, dtype=bool),
         "no_crowd": _is_none(crowd),
-        "segments": Segments(shape, images.sizes_of(columns["image"])),
         "shaped": np.array([*map(bool, shape)], dtype=bool),
         "keypoints": keypoints,
         "has_points": has_points,

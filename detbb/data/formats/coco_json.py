@@ -75,7 +75,7 @@ def no_garbage_collection() -> Iterator[None]:
 class CocoFile:
     """The parts of a COCO file that are read; anything else in it is passed over.
 
-    Raises UserError with the place in the file, `objects` does, too.
+    Raises UserError with the place in the file, `runs` does, too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,18 +83,15 @@ class CocoFile:
         document = self._decode(read_bytes(path), _Document)
         self.images, self.categories, self._objects = document.images, document.categories, document.annotations
 
-    @property
-    def starts(self) -> range:
-        """Of the runs of objects, at least one."""
-        return range(0, max(len(self._objects), 1), AT_ONCE)
-
-    def objects(self, start: int) -> list[Object]:
-        """A run of at most AT_ONCE objects."""
-        run = self._objects[start : start + AT_ONCE]
-        try:
-            return list(map(_OBJECT.decode, run))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return self._decode(b"[" + b",".join(run) + b"]", list[Object], start)
+    def runs(self) -> Iterator[list[Object]]:
+        """All objects, at most AT_ONCE at a time; at least one list."""
+        for start in range(0, max(len(self._objects), 1), AT_ONCE):
+            run = self._objects[start : start + AT_ONCE]
+            try:
+                objects = list(map(_OBJECT.decode, run))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                objects = self._decode(b"[" + b",".join(run) + b"]", list[Object], start)
+            yield objects
 
     def _decode(self, data: bytes, kind: type[T], start: int = 0) -> T:
         try:

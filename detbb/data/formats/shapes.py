@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from detbb.core.errors import UserError
+from detbb.core.files import make_folder
 
 CLASSES = ("circle", "rectangle", "triangle")  # category ids and mask values 1, 2, 3; mask value 0 is background
 KEYPOINTS = ("top", "right", "bottom", "left")  # the outermost points of each shape
@@ -33,18 +31,7 @@ def generate_shapes(root: Path, split: str, size: int | None = None) -> Path:
     """
     count = SIZES[split] if size is None else size
     folder = root / f"{split}_{count}"
-    if not folder.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}_", dir=root))
-        try:
-            _write(unfinished, split, count)
-            unfinished.chmod(0o755)
-            os.rename(unfinished, folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    make_folder(folder, lambda unfinished: _write(unfinished, split, count))
     _check_version(folder)
     return folder
 
