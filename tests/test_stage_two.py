@@ -102,7 +102,7 @@ def test_a_head_that_the_config_forgets_is_inherited(tmp_path, base, inheriting)
     before, after = load(base.parents[1]), load(run)
     assert evaluated(before, "") == {n: d for n, d in evaluated(after, "").items() if not n.startswith("heads.second")}
     assert after["config"]["inherited_heads"] == ["first"] and after["classes"]["first"] == before["classes"]["first"]
-    assert "inherited_heads along untouched, not listed in this config: first" in (run / "log.txt").read_text()
+    assert "inherited untouched, not listed in this config: first" in (run / "log.txt").read_text()
     assert [p.name for p in (run / "eval" / "step_0000006").iterdir()] == ["second"]
     assert results(inheriting, tmp_path / "after")["first"] == results(base, tmp_path / "before")["first"]
 
