@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from detbb.config.phases import Phase
 from detbb.report.freeze_report import Row, table
-from detbb.report.log import RunLog, summary_table
+from detbb.report.log import RunLog
+from detbb.report.tables import summary_table
 from detbb.report.writers import read_evaluations
 
 
@@ -36,19 +38,29 @@ def test_records_have_the_documented_form_and_are_whole_at_once(tmp_path: Path) 
     assert board.Tags()["images"] == ["val/ema/objects"] and board.Tags()["tensors"] == ["freeze/text_summary"]
 
 
-def test_log_txt_holds_what_the_terminal_showed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(tmp_path)
+def test_log_txt_holds_what_the_terminal_showed_with_the_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path, epoch_steps=2.5)
     log.info("loaded [brackets] and ünïcode 細胞")
-    for step in (1, 2):
+    for step in (1, 2, 3):
         log.progress(step, 10, losses={"loss": 3.0}, images=8, step_s=2.0, data_s=0.5)
-    log.train(2, {"loss": 3.25, "lr": 0.01, "step_s": 2.0})
+    losses = {"loss_cls": 0.256, "loss_box_reg": 0.33, "loss_centerness": 0.61}
+    losses = {"loss": 1.196, **{f"a_long_name/{name}": value for name, value in losses.items()}, "grad_norm": 3.14}
+    log.train(3, {**losses, "lr": 0.001, "step_s": 2.0})
+    log.train(3, {"loss": 3.25, "a/loss_cls": 1, "b/loss_sem": 2.25})
     log.table(summary_table({"objects/bbox/AP": 37.94})[0])
     log.close()
     text = (tmp_path / "log.txt").read_text(encoding="utf-8")
-    assert text == capsys.readouterr().out
-    assert "loaded [brackets] and ünïcode 細胞" in text
-    assert "step 2/10  eta 0:00:16  4.0 images/s  waiting for data 25%" in text and "loss 3.25  lr 0.01" in text
-    assert "37.9" in text and "\x1b" not in text
+    shown = capsys.readouterr().out
+    assert re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", "", text, flags=re.MULTILINE) == shown != text
+    assert "loaded [brackets] and ünïcode 細胞" in text and "37.9" in text and "\x1b" not in text
+    one, two = (line for line in shown.splitlines() if "epoch" in line)
+    assert re.sub(r"[\d.]+ GiB", "1.4 GiB", one) == (
+        "epoch 2/4  step 3/10  eta 0:00:14  4.0 images/s  data wait 25%  mem 1.4 GiB  "
+        "loss 1.20 (cls 0.26 box 0.33 ctr 0.61)  grad 3.14  lr 0.001"
+    )
+    assert len(one) <= 140 and two.endswith("loss 3.25 (a: cls 1.00, b: sem 2.25)")
 
 
 def test_resume_keeps_every_step_once(tmp_path: Path) -> None:
@@ -102,8 +114,8 @@ def test_summary_shows_each_branch_and_each_class() -> None:
     metrics = {"objects/bbox/AP": 50.0, "objects/bbox/AP50": 80.04, "objects/bbox/AP-red-cell": 12.34}
     metrics |= {"scene/sem/mIoU": 61.0, "scene/sem/IoU-sky/blue": 99.0, "count/mae": 3.0}
     console = Console(file=io.StringIO(), width=100)
-    for table in summary_table(metrics, title="step 9"):
-        console.print(table)
+    for made in summary_table(metrics, title="step 9"):
+        console.print(made)
     rows = [" ".join(line.replace("│", " ").split()) for line in console.file.getvalue().splitlines()]
     assert "step 9 metrics" in rows and "objects/bbox 50.0 80.0" in rows and "scene/sem 61.0" in rows
     assert "count 3.0" in rows
@@ -122,3 +134,16 @@ def test_freeze_table_is_whole_at_80_columns_and_its_numbers_are_numbers() -> No
         texts = ["phase 0: steps 0 to 160, frozen: backbone.stem", module, "14,964,736", "FrozenBN", "moving", "1e-06"]
         assert [text for text in texts if text not in shown[width]] == []
     assert "0, 0.05" in shown[140] and "0, 0.05" not in shown[80]
+
+
+def test_many_classes_are_shown_beside_each_other_and_very_many_by_the_best_and_worst() -> None:
+    for count in (80, 1203):
+        metrics = {"objects/bbox/AP": 50.0} | {f"objects/bbox/AP-thing {i}": i / 13 for i in range(count)}
+        console = Console(file=io.StringIO(), width=100)
+        for made in summary_table(metrics):
+            console.print(made)
+        text = console.file.getvalue()
+        assert text.count("\n") < 50 and max(map(len, text.splitlines())) <= 100
+        named = {int(i) for i in re.findall(r"thing (\d+)", text)}
+        assert named == (set(range(80)) if count == 80 else {*range(10), *range(1193, 1203)})
+        assert ("the 10 worst of 1203 (all: metrics.json)" in text) == (count == 1203)

@@ -31,7 +31,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     options = parse(sys.argv[1:])
     from detbb.inference.evaluate import evaluate
-    from detbb.report.log import print_summary
+    from detbb.report.tables import print_summary
 
     metrics = evaluate(
         options.checkpoint,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from detbb.checkpoint.branches import read_branch, some
 from detbb.checkpoint.content import evaluated_state, open_checkpoint
+from detbb.core.console import console
 from detbb.core.errors import UserError
 from detbb.freeze import digests, part_of
 from detbb.modeling.backbones.resnet import Backbone
@@ -74,9 +74,9 @@ def diff(a: Path | str, b: Path | str, *, names: bool = False) -> tuple[list[Ren
 
 def print_all(items: Iterable[RenderableType]) -> None:
     """Tables and lines on the terminal."""
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    terminal = console()
     for item in items:
-        console.print(item, highlight=False, markup=False, soft_wrap=isinstance(item, str))
+        terminal.print(item, highlight=False, markup=False, soft_wrap=isinstance(item, str))
 
 
 class _Digests:

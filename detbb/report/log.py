@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import os
+import math
 import resource
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from detbb.core.console import console
 from detbb.core.files import writing
 from detbb.report.writers import find_writers
+
+_SHORT = {"box_reg": "box", "centerness": "ctr", "rpn_cls": "rpn", "rpn_loc": "rpn-box", "keypoint": "kpt"}
 
 
 class RunLog:
     """The terminal, `log.txt` and the writers of a run; on ranks other than 0 every call does nothing.
 
     writers: names as `log.to` has them. resume_step: the step of the checkpoint that the run goes on from; what later
-    steps wrote is dropped, so no step is there twice. None for a fresh run.
+    steps wrote is dropped, so no step is there twice. None for a fresh run. epoch_steps: steps that an epoch takes; 0:
+    lines do not name the epoch.
     """
 
     def __init__(
@@ -35,9 +39,11 @@ class RunLog:
         writers: Sequence[str] = ("metrics", "tensorboard"),
         *,
         resume_step: int | None = None,
+        epoch_steps: float = 0,
         rank: int = 0,
     ) -> None:
         """Raises: UserError: a writer is not known, or the folder cannot be written."""
+        self._began = time.monotonic()
         self._writes = rank == 0
         if not self._writes:
             return
@@ -46,14 +52,19 @@ class RunLog:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._text = (output_dir / "log.txt").open("a", encoding="utf-8")
             self._writers = [writer(output_dir, resume_step=resume_step) for writer in find_writers(writers)]
-        self._console = Console() if sys.stdout.isatty() else Console(width=140)
-        self._plain = Console(file=self._text, width=140, no_color=True, force_terminal=False)
+        self._console = console()
+        self._plain = console(self._text)
         self._live: Live | None = None
         self._speed = _Speed()
-        self._total = 0
+        self._steps, self._epoch_steps = 0, epoch_steps
+
+    @property
+    def elapsed(self) -> str:
+        """Since the log was opened, as hours:minutes:seconds."""
+        return str(timedelta(seconds=round(time.monotonic() - self._began)))
 
     def info(self, text: str) -> None:
-        """A line (or a few) on the terminal and in log.txt."""
+        """A line (or a few) on the terminal, and in log.txt with the time before it."""
         self._show(Text(text))
 
     def table(self, table: RenderableType) -> None:
@@ -69,14 +80,13 @@ class RunLog:
         if not self._writes:
             return
         self._speed.add(images, step_s, data_s)
-        self._total = total
+        self._steps = total
         if self._console.is_terminal:
             if self._live is None:
                 self._live = Live(console=self._console, refresh_per_second=4, transient=True)
                 self._live.start()
-            self._live.update(
-                Text(f"{self._status(step)}  {_numbers(losses)}", style="cyan", no_wrap=True, overflow="ellipsis")
-            )
+            line = f"{self._status(step)}  {_losses(losses)}"
+            self._live.update(Text(line, style="cyan", no_wrap=True, overflow="ellipsis"))
 
     def train(self, step: int, values: Mapping[str, float]) -> None:
         """One training record: `{"step", "split": "train", …values}`; also a line of text."""
@@ -85,8 +95,7 @@ class RunLog:
         with writing(self._folder):
             for writer in self._writers:
                 writer.scalars(step, values, split="train", weights=None)
-        shown = {name: value for name, value in values.items() if name not in ("data_s", "step_s", "images_per_s")}
-        self._show(Text(f"{self._status(step)}  {_numbers(shown)}"))
+        self._show(Text(f"{self._status(step)}  {_losses(values)}"))
 
     def evaluation(
         self,
@@ -111,7 +120,8 @@ class RunLog:
             for writer in self._writers:
                 writer.scalars(step, metrics, split=split, weights=weights)
         whole = {name: value for name, value in metrics.items() if "-" not in name.split("/", 2)[-1]}
-        self._show(Text(f"step {step}  {split} ({weights})  {_numbers(whole)}"))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in whole.items())
+        self._show(Text(f"step {step}  {split} ({weights})  {shown}"))
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Text for the writers alone, such as the freeze report."""
@@ -130,28 +140,34 @@ class RunLog:
     def close(self) -> None:
         if not self._writes:
             return
-        self._stop_live()
+        if self._live is not None:
+            self._live.stop()
         with writing(self._folder), ExitStack() as stack:  # all of them, whichever fails
             stack.callback(self._text.close)
             for writer in self._writers:
                 stack.callback(writer.close)
 
     def _show(self, content: RenderableType) -> None:
-        if self._writes:
-            self._console.print(content, highlight=False, soft_wrap=isinstance(content, Text))
-            with writing(self._folder / "log.txt"):
-                self._plain.print(content, highlight=False, soft_wrap=isinstance(content, Text))
-                self._text.flush()
+        if not self._writes:
+            return
+        line = isinstance(content, Text)
+        self._console.print(content, highlight=False, soft_wrap=line)
+        with writing(self._folder / "log.txt"):
+            if line:
+                self._plain.print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  ", end="", highlight=False)
+            self._plain.print(content, highlight=False, soft_wrap=line)
+            self._text.flush()
 
     def _status(self, step: int) -> str:
-        if not self._total:
+        if not self._steps:
             return f"step {step}"
-        return f"step {step}/{self._total}  eta {self._speed.eta(self._total - step)}  {self._speed}  {_memory()}"
-
-    def _stop_live(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        epoch = ""
+        if self._epoch_steps:
+            now, last = (math.ceil(n / self._epoch_steps - 1e-9) for n in (step, self._steps))
+            epoch = f"epoch {now}/{last}  "
+        return (
+            f"{epoch}step {step}/{self._steps}  eta {self._speed.eta(self._steps - step)}  {self._speed}  {_memory()}"
+        )
 
 
 class _Speed:
@@ -168,57 +184,31 @@ class _Speed:
         self._weight = keep * self._weight + 1
 
     def eta(self, steps: int) -> str:
-        return str(timedelta(seconds=round(steps * self._step_s / self._weight)))
+        return str(timedelta(seconds=round(steps * self._step_s / self._weight))) if self._weight else "?"
 
     def __str__(self) -> str:
         step_s = max(self._step_s, 1e-9)
-        return f"{self._images / step_s:.1f} images/s  waiting for data {self._data_s / step_s:.0%}"
+        return f"{self._images / step_s:.1f} images/s  data wait {self._data_s / step_s:.0%}"
 
 
-def summary_table(metrics: Mapping[str, float], *, title: str = "") -> list[Table]:
-    """Two tables: the metrics of each branch (`<head>/<metric>` or `<head>/<kind>/<metric>`), and of each class."""
-    whole: dict[str, dict[str, float]] = {}
-    classes: dict[str, dict[str, float]] = {}
-    for name, value in metrics.items():
-        head, *kind, metric = name.split("/", 2)
-        measure, dash, of_class = metric.partition("-")
-        if dash:
-            classes.setdefault(f"{head} · {of_class}", {})["/".join([*kind, measure])] = value
-        else:
-            whole.setdefault("/".join([head, *kind]), {})[metric] = value
-    tables = ((whole, "metrics", "branch"), (classes, "by class", "class"))
-    return [_rows(rows, title=f"{title} {what}".strip(), first=first) for rows, what, first in tables if rows]
-
-
-def print_summary(metrics: Mapping[str, float], *, output_dir: Path | None = None) -> None:
-    """The summary tables on the terminal of the first process, and where the files are."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    for table in summary_table(metrics):
-        console.print(table)
-    if output_dir is not None:
-        console.print(f"files: {output_dir}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _rows(rows: dict[str, dict[str, float]], *, title: str, first: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    for name in columns:
-        table.add_column(name, justify="right")
-    for label, row in rows.items():
-        table.add_row(Text(label), *(f"{row[name]:.1f}" if name in row else "" for name in columns))
-    return table
-
-
-def _numbers(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+def _losses(values: Mapping[str, float]) -> str:
+    """`loss 1.20 (cls 0.26 box 0.33 ctr 0.61)  grad 3.1  lr 0.001`."""
+    heads: dict[str, list[str]] = {}
+    for name, value in values.items():
+        head, slash, loss = name.partition("/")
+        if slash:
+            loss = loss.removeprefix("loss_")
+            heads.setdefault(head, []).append(f"{_SHORT.get(loss, loss)} {value:.2f}")
+    groups = [" ".join([*([f"{head}:"] if len(heads) > 1 else []), *parts]) for head, parts in heads.items()]
+    shown = [f"loss {values['loss']:.2f}"] if "loss" in values else []
+    shown += [f"({', '.join(groups)})"] if groups else []
+    shown += [f" {s} {values[n]:.3g}" for n, s in (("grad_norm", "grad"), ("lr", "lr")) if n in values]
+    return " ".join(shown)
 
 
 def _memory() -> str:
     """The most that was in use: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB GPU"
+        return f"GPU mem {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     unit = 1 if sys.platform == "darwin" else 2**10
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+    return f"mem {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"

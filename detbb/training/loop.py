@@ -25,7 +25,8 @@ from detbb.feature_cache.cache import FeatureCache
 from detbb.feature_cache.frozen_prefix import FrozenPrefix, compiled, last_frozen
 from detbb.freeze import digests
 from detbb.report import freeze_report as report
-from detbb.report.log import RunLog, summary_table
+from detbb.report.log import RunLog
+from detbb.report.tables import summary_table
 from detbb.report.writers import find_writers, read_evaluations
 from detbb.structures.batch import Batch
 from detbb.training import optim, resuming, setup

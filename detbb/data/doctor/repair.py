@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from pathlib import Path
 
-from rich.console import Console
-
 from detbb.config.loading import save_config
 from detbb.config.schema import Config, SplitConfig
+from detbb.core.console import console
 from detbb.core.errors import UserError
 from detbb.core.files import write_atomically
 from detbb.data.doctor.examine import Report, Split, examine
@@ -42,13 +40,13 @@ def check(config: Config, *, json_file: str | Path | None = None, fix: str | Pat
 
 
 def print_report(report: Report, *, title: str = "") -> None:
-    console = Console() if os.isatty(1) else Console(width=160)
+    terminal = console(width=160)
     if report.rows():
-        console.print(report.table())
+        terminal.print(report.table())
     for place, found in report.splits.items():
         a = found.annotations
         size = "" if a is None else f": {len(a):,} images, {len(a.labels):,} objects, {len(a.classes)} classes"
-        console.print(f"{title}{place}{size} ({found.origin})", highlight=False, markup=False, soft_wrap=True)
+        terminal.print(f"{title}{place}{size} ({found.origin})", highlight=False, markup=False, soft_wrap=True)
 
 
 def write_repaired(config: Config, report: Report, folder: Path) -> Config:

@@ -1,0 +1,20 @@
+"""Consoles to write on."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from rich.console import Console
+
+
+def console(file: TextIO | None = None, *, width: int = 140) -> Console:
+    """The terminal, or `file` as plain text; `width` columns where no terminal has its own.
+
+    In a notebook plain text, too: rich would send there what is meant for a file, and a kernel calls itself a terminal.
+    """
+    notebook = Console().is_jupyter
+    if file is None and sys.stdout.isatty() and not notebook:
+        return Console()
+    plain = False if file is not None or notebook else None  # None: as the environment has it
+    return Console(file=file, width=width, no_color=True, force_terminal=plain, force_jupyter=False)
