@@ -26,5 +26,5 @@ train(tiny_config(Path({str(tmp_path)!r}), "train.steps=4", "data.shapes.val=nul
     shown = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     kept = (tmp_path / "run" / "log.txt").read_text()
     assert re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", "", kept, flags=re.MULTILINE) == shown
-    assert shown.count("step 1/4") == shown.count("step 4/4") == 1
+    assert shown.count("step 2/4") == shown.count("step 4/4") == 1
     assert {output.output_type for output in outputs} <= {"stream", "execute_result"}
