@@ -75,13 +75,13 @@ def freeze(module: AnyModule, names: Sequence[str], *, norm_rules: Sequence[Norm
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         raise UserError("freeze: DDP reduces what was trained when it was made; freeze its .module, and wrap that anew")
-    before = _freezing(module)
-    rules = before.norm_rules if norm_rules is None else tuple(norm_rules)
-    after = Freezing(tuple(names), rules, before.switched_off)
+    before, after = _freezing(module), _freezing(module, names)
+    if norm_rules is not None:
+        after = replace(after, norm_rules=tuple(norm_rules))
     fixed = _fixed_parameters(module, after)
-    awake = []
+    rested: list[nn.Module] = []
     with suppress(UserError):  # a part that was frozen may have been replaced since
-        awake = _resting_modules(module, before)
+        rested = _held(module, before, "fixed_statistics")
     switched_off = set()
     for name, parameter in module.named_parameters():
         if parameter.requires_grad or name in before.switched_off:
@@ -91,7 +91,7 @@ def freeze(module: AnyModule, names: Sequence[str], *, norm_rules: Sequence[Norm
         if not parameter.requires_grad:
             parameter.grad = None  # a stale gradient would still be applied by the next optimizer step
     _make_freezable(module)._freezing = replace(after, switched_off=frozenset(switched_off))
-    for part in awake:
+    for part in rested:
         part.train(module.training)
     set_frozen_eval(module)
     return module
@@ -99,15 +99,15 @@ def freeze(module: AnyModule, names: Sequence[str], *, norm_rules: Sequence[Norm
 
 def set_frozen_eval(module: nn.Module) -> None:
     """Put what is frozen back into eval mode; called at the end of every `.train()`."""
-    for part in _resting_modules(module, _freezing(module)):
+    for part in _held(module, _freezing(module), "fixed_statistics"):
         part.eval()
 
 
 def rest_all(module: AnyModule) -> AnyModule:
     """`module` in eval mode with every gradient switched off, until the next `freeze`."""
     trained = trained_names(module)
-    state = _make_freezable(module)._freezing
-    module._freezing = replace(state, switched_off=state.switched_off.union(trained))  # type: ignore[assignment]
+    told = _freezing(module)
+    _make_freezable(module)._freezing = replace(told, switched_off=told.switched_off.union(trained))
     return module.requires_grad_(False).eval()
 
 
@@ -164,10 +164,10 @@ def trained_names(module: nn.Module, names: Sequence[str] | None = None) -> list
     """The parameters that are trained now, or that would be with `names` frozen, in the order of `parameters()`."""
     if names is None:
         return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    state = replace(_freezing(module), names=tuple(names))
-    fixed = _fixed_parameters(module, state)
+    told = _freezing(module, names)
+    fixed = _fixed_parameters(module, told)
     named = module.named_parameters()
-    return [n for n, p in named if id(p) not in fixed and (p.requires_grad or n in state.switched_off)]
+    return [n for n, p in named if id(p) not in fixed and (p.requires_grad or n in told.switched_off)]
 
 
 def frozen_names(module: nn.Module, names: Sequence[str] | None = None) -> list[str]:
@@ -180,9 +180,13 @@ def frozen_names(module: nn.Module, names: Sequence[str] | None = None) -> list[
     parameters = dict(module.named_parameters())
     trained = {id(parameters[name]) for name in trained_names(module, names)}
     found = {n for n, p in module.named_parameters(remove_duplicate=False) if id(p) not in trained}
-    resting = {id(m) for part in _all_resting_modules(module, names) for m in part.modules()}
+    resting = _held(module, _freezing(module, names), "fixed_statistics")
+    for inner in module.modules():  # one that was frozen in itself, such as the one in a DDP
+        if isinstance(inner, Freezable) and inner is not module:
+            resting += _held(inner, inner._freezing, "fixed_statistics")
+    eval_only = {id(m) for part in resting for m in part.modules()}
     for prefix, m in module.named_modules(remove_duplicate=False):
-        if id(m) in resting or isinstance(m, FrozenBatchNorm2d):
+        if id(m) in eval_only or isinstance(m, FrozenBatchNorm2d):
             found |= {name for name, _ in m.named_buffers(prefix, recurse=False)}
     return [name for name in module.state_dict() if name in found]
 
@@ -253,8 +257,10 @@ def explain(module: nn.Module, names: Sequence[str]) -> str:
     return f"frozen but changed: {shown}; it can come from: {'; '.join(causes)}"
 
 
-def _freezing(module: nn.Module) -> Freezing:
-    return module._freezing if isinstance(module, Freezable) else Freezing()
+def _freezing(module: nn.Module, names: Sequence[str] | None = None) -> Freezing:
+    """What the module was told last, or would be with `names`."""
+    told = module._freezing if isinstance(module, Freezable) else Freezing()
+    return told if names is None else replace(told, names=tuple(names))
 
 
 def _make_freezable(module: nn.Module) -> Freezable:
@@ -295,28 +301,13 @@ def _has_tensors(module: nn.Module) -> bool:
     return any(True for _ in chain(module.parameters(), module.buffers()))
 
 
-def _frozen_modules(module: nn.Module, state: Freezing) -> list[nn.Module]:
-    return [part for name in state.names for _, part in resolve(module, name)]
+def _held(module: nn.Module, told: Freezing, switch: str) -> list[nn.Module]:
+    """The frozen parts, and the norms whose `switch` is on: `fixed_statistics` or `fixed_affine`."""
+    frozen = [part for name in told.names for _, part in resolve(module, name)]
+    ruled = [module.get_submodule(rule.part) for rule in told.norm_rules if getattr(rule, switch)]
+    return frozen + [norm for part in ruled for norm in part.modules() if is_norm(norm)]
 
 
-def _ruled_norms(module: nn.Module, state: Freezing, switch: str) -> list[nn.Module]:
-    ruled = [module.get_submodule(rule.part) for rule in state.norm_rules if getattr(rule, switch)]
-    return [norm for part in ruled for norm in part.modules() if is_norm(norm)]
-
-
-def _fixed_parameters(module: nn.Module, state: Freezing) -> set[int]:
-    """ids of the parameters that names and norm rules switch off; an id, as modules may share one."""
-    fixed = [*_frozen_modules(module, state), *_ruled_norms(module, state, "fixed_affine")]
-    return {id(parameter) for part in fixed for parameter in part.parameters()}
-
-
-def _resting_modules(module: nn.Module, state: Freezing) -> list[nn.Module]:
-    """What stays in eval mode."""
-    return [*_frozen_modules(module, state), *_ruled_norms(module, state, "fixed_statistics")]
-
-
-def _all_resting_modules(module: nn.Module, names: Sequence[str] | None) -> list[nn.Module]:
-    """Those of `module`, and of every module in it that was frozen in itself (the one in a DDP)."""
-    state = _freezing(module) if names is None else replace(_freezing(module), names=tuple(names))
-    inner = [m for m in module.modules() if isinstance(m, Freezable) and m is not module]
-    return _resting_modules(module, state) + [part for m in inner for part in _resting_modules(m, m._freezing)]
+def _fixed_parameters(module: nn.Module, told: Freezing) -> set[int]:
+    """ids of the parameters that names and norm rules switch off; ids, as a tensor may have two names."""
+    return {id(parameter) for part in _held(module, told, "fixed_affine") for parameter in part.parameters()}
