@@ -11,7 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detbb.config.phases import Phase
-from detbb.report.freeze_report import Row, table
+from detbb.report.freeze_report import PhaseTable, Row
 from detbb.report.log import RunLog
 from detbb.report.tables import summary_table
 from detbb.report.writers import read_evaluations
@@ -128,7 +128,7 @@ def test_freeze_table_is_whole_at_80_columns_and_its_numbers_are_numbers() -> No
     shown = {}
     for width in (80, 140):
         console = Console(file=io.StringIO(), width=width)
-        console.print(table(Phase(0, 0, 160, ("backbone.stem",)), [row]))
+        console.print(PhaseTable(Phase(0, 0, 160, ("backbone.stem",)), [row]))
         shown[width] = console.file.getvalue()
         assert max(map(len, shown[width].splitlines())) <= width and "…" not in shown[width]
         texts = ["phase 0: steps 0 to 160, frozen: backbone.stem", module, "14,964,736", "FrozenBN", "moving", "1e-06"]

@@ -63,13 +63,14 @@ def main() -> None:
     options = vars(parse(sys.argv[1:]))
     command = options.pop("command")
     from detbb.checkpoint import branches, inspection
+    from detbb.core.console import show
 
     differs = False
     if command == "diff":
         shown, differs = inspection.diff(**options)
     else:
         shown = getattr(inspection if command == "show" else branches, command)(**options)
-    inspection.print_all(shown)
+    show(*shown)
     sys.exit(int(differs))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from rich.text import Text
 
 from detbb.checkpoint.branches import read_branch, some
 from detbb.checkpoint.content import evaluated_state, open_checkpoint
-from detbb.core.console import console
 from detbb.core.errors import UserError
 from detbb.freeze import digests, part_of
 from detbb.modeling.backbones.resnet import Backbone
@@ -70,13 +69,6 @@ def diff(a: Path | str, b: Path | str, *, names: bool = False) -> tuple[list[Ren
     lines = [f"{m} differs in {some(found, len(found) if names else 5)}" for m, found in differing.items()]
     verdict, wrong = _judge(first, second)
     return [table, *lines, *verdict], wrong
-
-
-def print_all(items: Iterable[RenderableType]) -> None:
-    """Tables and lines on the terminal."""
-    terminal = console()
-    for item in items:
-        terminal.print(item, highlight=False, markup=False, soft_wrap=isinstance(item, str))
 
 
 class _Digests:

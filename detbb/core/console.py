@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 
-def console(file: TextIO | None = None, *, width: int = 140) -> Console:
-    """The terminal, or `file` as plain text; `width` columns where no terminal has its own.
+def console(file: TextIO | None = None) -> Console:
+    """The terminal, or `file` as plain text; 140 columns where no terminal has its own.
 
     In a notebook plain text, too: rich would send there what is meant for a file, and a kernel calls itself a terminal.
     """
@@ -17,4 +17,11 @@ def console(file: TextIO | None = None, *, width: int = 140) -> Console:
     if file is None and sys.stdout.isatty() and not notebook:
         return Console()
     plain = False if file is not None or notebook else None  # None: as the environment has it
-    return Console(file=file, width=width, no_color=True, force_terminal=plain, force_jupyter=False)
+    return Console(file=file, width=140, no_color=True, force_terminal=plain, force_jupyter=False)
+
+
+def show(*items: RenderableType) -> None:
+    """Lines and tables on the terminal."""
+    terminal = console()
+    for item in items:
+        terminal.print(item, highlight=False, markup=False, soft_wrap=isinstance(item, str))

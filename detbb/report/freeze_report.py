@@ -100,12 +100,12 @@ def findings(detector: Detector, phase: Phase) -> list[str]:
 class PhaseTable:
     """The report as a table that fits its console: below 110 columns without weight decay and average."""
 
-    title: str
+    phase: Phase
     rows: Sequence[Row]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Table]:
         wide = options.max_width >= _WIDE
-        made = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        made = Table(title=_title(self.phase), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         made.add_column("module", no_wrap=True)
         for title in ("trained", "of"):
             made.add_column(title, justify="right", no_wrap=True)
@@ -116,10 +116,6 @@ class PhaseTable:
             texts = [row.module, f"{row.trained:,}", f"{row.total:,}", norm, row.statistics, row.affine, _text(row.lr)]
             made.add_row(*texts, *([_text(row.weight_decay), row.ema] if wide else []))
         yield made
-
-
-def table(phase: Phase, report: Sequence[Row]) -> PhaseTable:
-    return PhaseTable(_title(phase), report)
 
 
 def markdown(phase: Phase, report: Sequence[Row], notes: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from detbb.core.console import console
+from detbb.core.console import show
 
 MANY = 100  # classes; of more, only the best and worst are shown
 _SHOWN = 10  # of each
@@ -72,8 +72,4 @@ def print_summary(metrics: Mapping[str, float], *, output_dir: Path | None = Non
     """The summary tables on the terminal of the first process, and where the files are."""
     if os.environ.get("RANK", "0") != "0":
         return
-    items: list[RenderableType] = [*summary_table(metrics)]
-    if output_dir is not None:
-        items.append(Text(f"files: {output_dir}"))
-    for item in items:
-        console().print(item, highlight=False, soft_wrap=isinstance(item, Text))
+    show(*summary_table(metrics), *([] if output_dir is None else [f"files: {output_dir}"]))

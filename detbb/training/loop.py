@@ -189,7 +189,7 @@ def start_phase(run: Run, phase: Phase) -> None:
     lr = config.optimizer.lr * optim.lr_factor(phase.start, config.schedule, run.steps)
     rows = report.rows(detector, learner.optimizer, lr=lr, averaged=list(learner.ema.tensors) if learner.ema else [])
     notes = report.findings(detector, phase)
-    run.log.table(report.table(phase, rows))
+    run.log.table(report.PhaseTable(phase, rows))
     for note in notes:
         run.log.info(f"WARNING: {note}")
     if run.step == phase.start:  # not again where a phase is resumed

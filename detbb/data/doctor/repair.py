@@ -9,7 +9,7 @@ from pathlib import Path
 
 from detbb.config.loading import save_config
 from detbb.config.schema import Config, SplitConfig
-from detbb.core.console import console
+from detbb.core.console import show
 from detbb.core.errors import UserError
 from detbb.core.files import write_atomically
 from detbb.data.doctor.examine import Report, Split, examine
@@ -40,13 +40,12 @@ def check(config: Config, *, json_file: str | Path | None = None, fix: str | Pat
 
 
 def print_report(report: Report, *, title: str = "") -> None:
-    terminal = console(width=160)
     if report.rows():
-        terminal.print(report.table())
+        show(report.table())
     for place, found in report.splits.items():
         a = found.annotations
         size = "" if a is None else f": {len(a):,} images, {len(a.labels):,} objects, {len(a.classes)} classes"
-        terminal.print(f"{title}{place}{size} ({found.origin})", highlight=False, markup=False, soft_wrap=True)
+        show(f"{title}{place}{size} ({found.origin})")
 
 
 def write_repaired(config: Config, report: Report, folder: Path) -> Config:
