@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from detbb.heads.loading import load_config as load_config
     from detbb.inference.evaluate import evaluate as evaluate
     from detbb.inference.predict import predict as predict
+    from detbb.modeling.backbones import BACKBONES as BACKBONES
+    from detbb.modeling.backbones import Backbone as Backbone
     from detbb.modeling.backbones.resnet import build_resnet as build_resnet
     from detbb.modeling.backbones.resnet import build_resnet_c4 as build_resnet_c4
     from detbb.modeling.norm import SyncBatchNorm as SyncBatchNorm
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _MODULES = {
+    "BACKBONES": "modeling.backbones",
+    "Backbone": "modeling.backbones",
     "FORMATS": "data.formats",
     "HEADS": "heads",
     "Ema": "training.ema",

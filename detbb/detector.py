@@ -16,9 +16,8 @@ from detbb.distributed.collectives import world_size
 from detbb.freeze import Freezable, NormRule, freeze, rest_all, trained_names
 from detbb.heads import find_head
 from detbb.heads.base import Head, HeadSpec
-from detbb.modeling.backbones.resnet import Backbone, build_resnet
-from detbb.modeling.neck import build_neck, layers_needed
-from detbb.modeling.norm import norm_layer
+from detbb.modeling.backbones import Backbone, build_backbone
+from detbb.modeling.neck import build_neck, stages_needed
 from detbb.structures.batch import Batch, ImageSize, PrecomputedFeatures
 from detbb.structures.class_list import ClassList
 from detbb.structures.predictions import Predictions
@@ -31,7 +30,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 class Detector(Freezable):
     """Backbone, neck and heads; knows what is frozen.
 
-    State-dict keys: `backbone.<torchvision's own name>`, `neck.…`, `heads.<name>.…`.
+    State-dict keys: `backbone.<its own name>` (a ResNet's are torchvision's), `neck.…`, `heads.<name>.…`.
     """
 
     pixel_mean: Tensor
@@ -164,11 +163,14 @@ def build_detector(config: Config, classes: Mapping[str, Any] | None = None) -> 
     """
     if classes is None:
         classes = read_classes(config)
-    levels: list[str] = []
-    for head in config.heads.values():
-        levels += [level for level in find_head(head.type).levels(head) if level not in levels]
-    out = layers_needed(tuple(levels), config.neck.type)
-    backbone = build_resnet(config.backbone.arch, norm_layer=norm_layer(config.backbone.norm), out=out)
+    backbone = build_backbone(config.backbone)
+    levels: dict[str, None] = {}  # in order, each once
+    stages: set[str] = set()
+    for name, head in config.heads.items():
+        own = find_head(head.type).levels(head)
+        stages.update(stages_needed(own, config.neck.type, backbone.strides, where=f"heads.{name}.levels"))
+        levels |= dict.fromkeys(own)
+    backbone.keep([stage for stage in backbone.out if stage in stages])
     neck = build_neck(config.neck, backbone.channels, backbone.strides, tuple(levels))
     heads: dict[str, Head] = {}
     lists = {name: ClassList.of(classes[name]) for name in config.heads}

@@ -21,7 +21,8 @@ from detbb.data.formats.semantic import read_mask
 from detbb.data.images import BadImage
 from detbb.data.loader import eval_loader
 from detbb.detector import Detector, build_detector
-from detbb.modeling.backbones.resnet import Backbone, build_resnet
+from detbb.modeling.backbones import Backbone
+from detbb.modeling.backbones.resnet import build_resnet
 from detbb.modeling.weights import load_backbone_weights
 
 

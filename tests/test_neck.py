@@ -12,10 +12,11 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from detbb.config.schema import NeckConfig
 from detbb.core.errors import UserError
-from detbb.modeling.neck import COARSE, LATERAL, Fpn, NoNeck, build_neck, layers_needed
+from detbb.modeling.neck import COARSE, FINE, Fpn, NoNeck, build_neck, lateral, stages_needed
 
 CHANNELS = {"layer1": 8, "layer2": 16, "layer3": 24, "layer4": 32}
 STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
+LATERAL = {"p2": "layer1", "p3": "layer2", "p4": "layer3", "p5": "layer4"}
 RETINA = ("p3", "p4", "p5", "p6", "p7")
 
 
@@ -58,7 +59,7 @@ def test_levels_are_torchvisions_bit_for_bit(levels, size, norm):
     for level, value in zip(levels, expected.values(), strict=True):
         assert torch.equal(found[level], value), level
         assert neck.channels[level] == value.shape[1]
-        assert neck.strides[level] == {**STRIDES, **COARSE}[LATERAL.get(level, level)]
+        assert neck.strides[level] == {**FINE, **COARSE}[level]
     assert all(found[name] is x[name] for name in x)
 
 
@@ -109,15 +110,26 @@ def test_initialisation_is_torchvisions():
             assert 0.95 * bound < parameter.abs().max() <= bound
 
 
-def test_layers_needed():
-    assert layers_needed(("p3", "p7"), "fpn") == ("layer2", "layer3", "layer4")
-    assert layers_needed(("pool", "layer1"), "fpn") == ("layer1", "layer4")
-    assert layers_needed(("layer3", "layer2"), "none") == ("layer2", "layer3")
+def test_only_the_stages_that_levels_come_from_are_needed():
+    assert stages_needed(("p3", "p7"), "fpn", STRIDES) == ("layer2", "layer3", "layer4")
+    assert stages_needed(("pool", "layer1"), "fpn", STRIDES) == ("layer1", "layer4")
+    assert stages_needed(("layer3", "layer2"), "none", STRIDES) == ("layer2", "layer3")
+
+
+def test_fpn_levels_come_from_the_stages_of_their_stride():
+    """Of several stages of one stride, from the last; a level without one is not offered."""
+    strides = {"a": 8, "b": 16, "c": 16, "d": 32}
+    assert lateral(strides) == {"p3": "a", "p4": "c", "p5": "d"}
+    assert stages_needed(("p4",), "fpn", strides) == ("c", "d")
+    with pytest.raises(UserError, match=r"'p2' is not known; valid are a, b, c, d, p3, p4, p5, pool"):
+        stages_needed(("p2",), "fpn", strides)
+    with pytest.raises(UserError, match=r"'p6' is not known; valid are a, b, c, p3, p4$"):
+        stages_needed(("p6",), "fpn", {"a": 8, "b": 16, "c": 16})
 
 
 def test_unknown_levels_are_refused_naming_the_head():
     with pytest.raises(UserError, match=r"heads\.boxes\.levels: .*'p8' is not known; valid are layer1, .*pool, p6, p7"):
-        layers_needed(("p3", "p8"), "fpn", where="heads.boxes.levels")
+        stages_needed(("p3", "p8"), "fpn", STRIDES, where="heads.boxes.levels")
     with pytest.raises(
         UserError, match=r"neck\.type none: 'p3' is not known; valid are layer1, layer2, layer3, layer4"
     ):

@@ -16,7 +16,8 @@ import torchvision
 from torch import nn
 
 from detbb.core.errors import UserError
-from detbb.modeling.backbones.resnet import Backbone, build_resnet, build_resnet_c4
+from detbb.modeling.backbones import Backbone
+from detbb.modeling.backbones.resnet import build_resnet, build_resnet_c4
 from detbb.modeling.norm import FrozenBatchNorm2d, group_norm
 from detbb.modeling.weights import load_backbone_weights, load_part, read_tensors, to_torchvision
 

@@ -15,7 +15,7 @@ from detbb.checkpoint.branches import read_branch, some
 from detbb.checkpoint.content import evaluated_state, open_checkpoint
 from detbb.core.errors import UserError
 from detbb.freeze import digests, part_of
-from detbb.modeling.backbones.resnet import Backbone
+from detbb.modeling.backbones import known_aliases
 
 COLUMNS = ("raw equal", "raw differ", "evaluated equal", "evaluated differ", "only in A", "only in B")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -50,10 +50,11 @@ def diff(a: Path | str, b: Path | str, *, names: bool = False) -> tuple[list[Ren
     Raises: UserError: a file is no checkpoint.
     """
     first, second = _Digests(open_checkpoint(a)), _Digests(open_checkpoint(b))
+    aliases = {**first.aliases, **second.aliases}
     counts: dict[str, Counter[str]] = {}
     differing: dict[str, list[str]] = {}
     for name in {**first.raw, **second.raw}:
-        module = part_of(name, Backbone.aliases)
+        module = part_of(name, aliases)
         kinds = counts.setdefault(module, Counter())
         if name not in second.raw or name not in first.raw:
             kinds["only in A" if name in first.raw else "only in B"] += 1
@@ -80,6 +81,7 @@ class _Digests:
         self.raw = digests(content["model"])
         self.evaluated = self.raw | digests(state, [name for name in averages if name in state])
         self.frozen: dict[str, str] = content["frozen"]["digests"]
+        self.aliases = known_aliases(content["config"]["backbone"]["arch"])
 
 
 def _judge(a: _Digests, b: _Digests) -> tuple[list[str], bool]:
@@ -120,8 +122,9 @@ def _parts(content: Mapping[str, Any], tensors: Mapping[str, Any], classes: Mapp
     """A row for each module, with type, data and classes of heads; running statistics are no parameters."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
+    aliases = known_aliases(content["config"]["backbone"]["arch"])
     for name, tensor in tensors.items():
-        part = part_of(name, Backbone.aliases)
+        part = part_of(name, aliases)
         counts[part] += 1
         sizes[part] += tensor.numel() * (not name.endswith(STATISTICS))
     table = _table("module", "tensors", "parameters", "type", "data", "classes", title="")

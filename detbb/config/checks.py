@@ -82,7 +82,8 @@ def _check_heads(config: Config, classes: dict[str, Any], formats: dict[str, Any
 
 def _check_norms(part: BackboneConfig | NeckConfig, at: str, random: bool) -> Iterator[Problem]:
     norm = None if isinstance(part, NeckConfig) and part.type == "none" else part.norm
-    if part.norm_eval and norm in ("gn", None):
+    own = norm is None and isinstance(part, BackboneConfig)  # whatever norms it has
+    if part.norm_eval and norm in ("gn", None) and not own:
         yield f"{at}.norm_eval", f"is true, but norm {show(norm)} has no running statistics; leave it out"
     if not random or part.allow_random:
         return

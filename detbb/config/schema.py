@@ -99,16 +99,17 @@ class Section(BaseModel):
 
 
 class BackboneConfig(Section):
-    """The ResNet that all branches share."""
+    """The network that all branches share."""
 
     arch: str = "resnet50"
     """Any ResNet, ResNeXt or wide ResNet of torchvision: `resnet18|34|50|101|152`, `resnext50_32x4d`,
-    `wide_resnet50_2`, …"""
+    `wide_resnet50_2`, …; or `package.module:Class`, see [docs/extend.md](extend.md)."""
     weights: str | None = None
     """`null` (random), `imagenet` (torchvision's, hash-checked; the only setting that may download), or a file
     (torchvision, Detectron2 or MMDetection naming; `.pth .pt .pkl .safetensors`)."""
-    norm: Norm = "frozen_bn"
-    """`bn`, `frozen_bn` (statistics and affine are constants), `sync_bn` (statistics over all processes) or `gn`."""
+    norm: Norm | None = "frozen_bn"
+    """`bn`, `frozen_bn` (statistics and affine are constants), `sync_bn` (statistics over all processes) or `gn`;
+    `null` for a backbone with norms of its own."""
     norm_eval: bool = False
     """`true`: running statistics stay fixed in the whole backbone (MMDetection's `norm_eval`)."""
     norm_affine: bool = True
@@ -121,7 +122,7 @@ class NeckConfig(Section):
     """What turns backbone stages into feature levels."""
 
     type: Literal["fpn", "none"] = "fpn"
-    """`fpn`: levels p2 … p7 and pool, as far as the heads ask for them; `none`: heads see layer1 … layer4."""
+    """`fpn`: levels p2 … p7 and pool, as far as the heads ask for them; `none`: heads see the backbone's stages."""
     channels: PositiveInt = 256
     """Channels of every FPN level."""
     norm: Norm | None = None

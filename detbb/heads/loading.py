@@ -8,6 +8,7 @@ from typing import Any
 
 from detbb.config import loading
 from detbb.config.schema import Config
+from detbb.core.doors import refuse_import
 from detbb.data.formats import find_format, known_format
 from detbb.heads import find_head, known_head
 
@@ -32,6 +33,10 @@ def load_config(
 def config_from_dict(values: dict[str, Any], origin: str, *, overrides: Sequence[str] = ()) -> Config:
     """The checked configuration of plain containers (a checkpoint's); `origin` says in errors where they come from.
 
-    Nothing is resolved: a stored configuration reads no environment, and imports no head. Raises: UserError.
+    Nothing is resolved: a stored configuration reads no environment, and imports no code. Raises: UserError.
     """
-    return loading.config_from_dict(values, origin, find_head=known_head, find_format=known_format, overrides=overrides)
+    config = loading.config_from_dict(
+        values, origin, find_head=known_head, find_format=known_format, overrides=overrides
+    )
+    refuse_import(config.backbone.arch, key=f"backbone.arch of {origin}")
+    return config

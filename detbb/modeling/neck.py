@@ -13,32 +13,41 @@ from detbb.config.schema import NeckConfig
 from detbb.core.errors import unknown_name
 from detbb.modeling.norm import norm_layer
 
-LAYERS = ("layer1", "layer2", "layer3", "layer4")
-LATERAL = {"p2": "layer1", "p3": "layer2", "p4": "layer3", "p5": "layer4"}
+FINE = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}  # made from the backbone's stage of this stride
 COARSE = {"pool": 64, "p6": 64, "p7": 128}  # made from p5; their strides
 
 
-def layers_needed(levels: Iterable[str], neck_type: Literal["fpn", "none"], *, where: str = "heads") -> tuple[str, ...]:
-    """The backbone stages that feature levels come from, finest first.
+def lateral(strides: Mapping[str, int]) -> dict[str, str]:
+    """The backbone stage that each of `p2` … `p5` is made from: the last one of its stride, where there is one."""
+    by_stride = {stride: stage for stage, stride in strides.items()}
+    return {level: by_stride[stride] for level, stride in FINE.items() if stride in by_stride}
+
+
+def stages_needed(
+    levels: Iterable[str], neck_type: Literal["fpn", "none"], strides: Mapping[str, int], *, where: str = "heads"
+) -> tuple[str, ...]:
+    """The backbone stages that feature levels come from, finest first. strides: of every stage the backbone has.
 
     Raises: UserError: an unknown level; `where` (`heads.<name>.levels`) says whose.
     """
+    made = lateral(strides) if neck_type == "fpn" else {}
+    valid = [*strides, *made, *(COARSE if "p5" in made else ())]
     needed: set[str] = set()
     for level in levels:
-        valid = LAYERS if neck_type == "none" else (*LAYERS, *LATERAL, *COARSE)
         if level not in valid:
             raise unknown_name(f"{where}: feature level with neck.type {neck_type}", level, valid)
         # an FPN level hears from every coarser stage
-        needed |= {level} if level in LAYERS else set(LAYERS[LAYERS.index(LATERAL.get(level, "layer4")) :])
-    return tuple(layer for layer in LAYERS if layer in needed)
+        fine = level if level in made else "p5"
+        needed |= {level} if level in strides else {stage for p, stage in made.items() if p >= fine}
+    return tuple(stage for stage in strides if stage in needed)
 
 
 class Fpn(nn.Module):
     """The backbone's stages and the FPN levels that are asked for.
 
     Computes what torchvision's FeaturePyramidNetwork with LastLevelP6P7 (on p5) or LastLevelMaxPool computes.
-    Parameters are named by level (`inner.layer2.0.weight`, `output.p3.0.weight`, `p6.weight`), so a branch that later
-    asks for another level renames and reshapes none. Only what the levels need is built.
+    Parameters are named by stage or level (`inner.layer2.0.weight`, `output.p3.0.weight`, `p6.weight`), so a branch
+    that later asks for another level renames and reshapes none. Only what the levels need is built.
 
     channels, strides: of every level in the output, backbone stages too.
     """
@@ -53,20 +62,21 @@ class Fpn(nn.Module):
         norm_layer: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        asked = set(levels) - set(LAYERS)
+        asked = set(levels) - set(strides)
         if asked & COARSE.keys():
             asked.add("p5")
         if "p7" in asked:
             asked.add("p6")
-        self.lateral = {p: layer for p, layer in LATERAL.items() if layer in layers_needed(asked, "fpn")}
+        needed = stages_needed(asked, "fpn", strides)
+        self.lateral = {p: stage for p, stage in lateral(strides).items() if stage in needed}
 
         def block(channels: int, kernel_size: int) -> nn.Module:
             return Conv2dNormActivation(
                 channels, out_channels, kernel_size, norm_layer=norm_layer, activation_layer=None
             )
 
-        self.inner = nn.ModuleDict({layer: block(channels_in[layer], 1) for layer in self.lateral.values()})
-        self.output = nn.ModuleDict({p: block(out_channels, 3) for p in LATERAL if p in asked})
+        self.inner = nn.ModuleDict({stage: block(channels_in[stage], 1) for stage in self.lateral.values()})
+        self.output = nn.ModuleDict({p: block(out_channels, 3) for p in FINE if p in asked})
         self.pool = "pool" in asked
         self.p6 = nn.Conv2d(out_channels, out_channels, 3, 2, 1) if "p6" in asked else None
         self.p7 = nn.Conv2d(out_channels, out_channels, 3, 2, 1) if "p7" in asked else None
@@ -75,16 +85,16 @@ class Fpn(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        steps = {**{p: strides[layer] for p, layer in self.lateral.items()}, **COARSE}
-        self.strides = {**strides, **{p: step for p, step in steps.items() if p in asked}}
-        self.channels = {**channels_in, **{p: out_channels for p in steps if p in asked}}
+        made = {level: stride for level, stride in {**FINE, **COARSE}.items() if level in asked}
+        self.strides = {**strides, **made}
+        self.channels = {**channels_in, **dict.fromkeys(made, out_channels)}
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """{stage: (B, C, H / stride, W / stride)} -> the same and the FPN levels, each with `out_channels`."""
         levels = {}
         top: Tensor | None = None
-        for p, layer in reversed(self.lateral.items()):
-            inner = self.inner[layer](features[layer])
+        for p, stage in reversed(self.lateral.items()):
+            inner = self.inner[stage](features[stage])
             top = inner if top is None else inner + F.interpolate(top, size=inner.shape[-2:], mode="nearest")
             if p in self.output:
                 levels[p] = self.output[p](top)
@@ -116,7 +126,7 @@ def build_neck(
 
     Raises: UserError: an unknown level.
     """
-    layers_needed(levels, config.type)
+    stages_needed(levels, config.type, strides)
     if config.type == "none":
         return NoNeck(backbone_channels, strides)
     norm = norm_layer(config.norm) if config.norm else None

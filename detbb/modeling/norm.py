@@ -153,10 +153,10 @@ NORM_TYPES: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def norm_layer(norm: str) -> Callable[[int], nn.Module]:
+def norm_layer(norm: str | None) -> Callable[[int], nn.Module]:
     """The callable channels -> module for `bn`, `frozen_bn`, `sync_bn` or `gn`."""
     if norm not in NORM_TYPES:
-        raise unknown_name("norm", norm, NORM_TYPES)
+        raise unknown_name("norm", str(norm), NORM_TYPES)
     return NORM_TYPES[norm]
 
 

@@ -1,0 +1,44 @@
+"""Backbones: `BACKBONES` names every one that comes with detbb; `find_backbone` also finds those outside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from detbb.config.schema import BackboneConfig
+from detbb.core.doors import lookup, refuse_import
+from detbb.core.errors import UserError
+from detbb.modeling.backbones.base import Backbone
+from detbb.modeling.backbones.resnet import ARCHS, ResNet
+from detbb.modeling.norm import NORM_TYPES, norm_layer
+
+BACKBONES: dict[str, type[Backbone]] = dict.fromkeys(ARCHS, ResNet)
+
+
+def find_backbone(arch: str) -> type[Backbone]:
+    """The class of a backbone: a name in `BACKBONES`, or `package.module:Class`. Raises UserError if there is none."""
+    return lookup(BACKBONES, arch, key="backbone.arch", check=_is_backbone, what="subclass of detbb.Backbone")
+
+
+def known_aliases(arch: str) -> Mapping[str, tuple[str, ...]]:
+    """The `aliases` of a backbone that a file names; none where its module is not imported."""
+    try:
+        refuse_import(arch, key="backbone.arch")
+        return find_backbone(arch).aliases
+    except UserError:
+        return {}
+
+
+def build_backbone(config: BackboneConfig) -> Backbone:
+    """All stages of the configured backbone with random weights. Raises: UserError: `arch` or `norm` cannot be used."""
+    backbone = find_backbone(config.arch)
+    if config.norm is None and backbone.takes_norm:
+        raise UserError(
+            f"backbone.norm: null, but {config.arch} has no norm of its own; valid: {', '.join(NORM_TYPES)}"
+        )
+    if config.norm is not None and not backbone.takes_norm:
+        raise UserError(f"backbone.norm: {config.norm!r}, but {config.arch} has norms of its own; valid is null")
+    return backbone(config.arch, norm_layer=norm_layer(config.norm) if config.norm else None)  # type: ignore[call-arg]
+
+
+def _is_backbone(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, Backbone)

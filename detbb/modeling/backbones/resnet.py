@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from detbb.core.errors import UserError, unknown_name
+from detbb.core.errors import unknown_name
 from detbb.distributed.collectives import rank
+from detbb.modeling.backbones.base import Backbone, NormLayer
 from detbb.modeling.weights import load_backbone_weights
 
 ARCHS = tuple(
@@ -18,59 +19,22 @@ ARCHS = tuple(
     for name in torchvision.models.list_models(torchvision.models)
     if name.startswith(("resnet", "resnext", "wide_resnet"))
 )
-STEM = ("conv1", "bn1", "relu", "maxpool")
 STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 
 
-class Backbone(nn.Module):
-    """A ResNet up to the last stage that is used; its state-dict keys are torchvision's own.
+class ResNet(Backbone):
+    """A ResNet without its classifier; arch is torchvision's name, and state-dict keys are torchvision's own."""
 
-    arch: torchvision's name. out: the stages that `forward` returns, finest first. channels, strides: of each of them.
-    stages: what runs, in order; `stem` is conv1, bn1, relu and maxpool, the others are submodules. aliases: names for
-    several submodules, as `freeze` takes them.
-    """
+    aliases: ClassVar = {"stem": ("conv1", "bn1", "relu", "maxpool")}
 
-    aliases: ClassVar = {"stem": ("conv1", "bn1")}
-
-    def __init__(self, resnet: nn.Module, arch: str, out: Sequence[str]) -> None:
-        super().__init__()
-        for name in out:
-            if name not in STRIDES:
-                raise unknown_name("backbone out", name, STRIDES)
-        if not out:
-            raise UserError(f"backbone out: nothing is named; valid are {', '.join(STRIDES)}")
-        self.arch = arch
-        self.out = tuple(name for name in STRIDES if name in out)
-        layers = tuple(STRIDES)[: tuple(STRIDES).index(self.out[-1]) + 1]
-        self.stages = ("stem", *layers)
-        for name in (*STEM, *layers):
+    def __init__(self, arch: str, *, norm_layer: NormLayer) -> None:
+        super().__init__(arch)
+        self.stages = ("stem", *STRIDES)
+        resnet = torchvision.models.get_model(arch, weights=None, norm_layer=norm_layer)
+        for name in (*self.aliases["stem"], *STRIDES):
             self.add_module(name, resnet.get_submodule(name))
-        self.channels = {name: _out_channels(self.get_submodule(name)) for name in self.out}
-        self.strides = {name: STRIDES[name] for name in self.out}
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """{stage: (B, channels, H / stride, W / stride)} of x: (B, 3, H, W), RGB less ImageNet's mean, over its std."""
-        return self.forward_from("", {"": x})
-
-    def forward_from(self, after: str, known: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `forward`, from the outputs of the stages up to `after` (empty: from the input)."""
-        x, features = known[after], {name: known[name] for name in self.out if name in known}
-        for stage in self.stages[self.stages.index(after) + 1 if after else 0 :]:
-            x = self.run_stage(stage, x)
-            if stage in self.out:
-                features[stage] = x
-        return features
-
-    def run_stage(self, stage: str, x: Tensor) -> Tensor:
-        """The output of one of `stages`, given that of the stage before."""
-        for module in self.stage_modules(stage):
-            x = module(x)
-        return x
-
-    def stage_modules(self, stage: str) -> list[nn.Module]:
-        """What runs as one of `stages`, in order."""
-        names = STEM if stage == "stem" else (stage,)
-        return [self.get_submodule(name) for name in names]
+        self.strides = dict(STRIDES)
+        self.channels = {name: _out_channels(self.get_submodule(name)) for name in STRIDES}
 
 
 class C4Head(nn.Sequential):
@@ -84,7 +48,7 @@ class C4Head(nn.Sequential):
 def build_resnet(
     arch: str,
     *,
-    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    norm_layer: NormLayer = nn.BatchNorm2d,
     weights: str | None = None,
     out: Sequence[str] = ("layer2", "layer3", "layer4"),
 ) -> Backbone:
@@ -99,9 +63,8 @@ def build_resnet(
     """
     if arch not in ARCHS:
         raise unknown_name("backbone.arch", arch, ARCHS)
-    # All of it is drawn, so the initial weights of a stage do not depend on which stages are kept.
-    resnet = torchvision.models.get_model(arch, weights=None, norm_layer=norm_layer)
-    backbone = Backbone(resnet, arch, out)
+    # All of it is drawn first, so the initial weights of a stage do not depend on which stages are kept.
+    backbone = ResNet(arch, norm_layer=norm_layer).keep(out)
     if weights is not None:
         coverage = load_backbone_weights(backbone, weights)
         if rank() == 0:
@@ -110,7 +73,7 @@ def build_resnet(
 
 
 def build_resnet_c4(
-    arch: str, *, norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d, weights: str | None = None
+    arch: str, *, norm_layer: NormLayer = nn.BatchNorm2d, weights: str | None = None
 ) -> tuple[Backbone, C4Head]:
     """(the backbone up to layer3, layer4 as the RoI head), both with `weights`.
 
@@ -118,8 +81,9 @@ def build_resnet_c4(
 
     Arguments are those of `build_resnet`.
     """
-    whole = build_resnet(arch, norm_layer=norm_layer, weights=weights, out=("layer4",))
-    return Backbone(whole, arch, ("layer3",)), C4Head(whole.get_submodule("layer4"))
+    whole = build_resnet(arch, norm_layer=norm_layer, weights=weights, out=("layer3", "layer4"))
+    head = C4Head(whole.get_submodule("layer4"))
+    return whole.keep(("layer3",)), head
 
 
 def _out_channels(stage: nn.Module) -> int:
