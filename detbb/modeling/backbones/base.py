@@ -15,6 +15,8 @@ NormLayer = Callable[[int], nn.Module]  # channels -> module
 class Backbone(nn.Module):
     """A network whose stages can be frozen, cached and read by name.
 
+        class TinyBackbone(detbb.Backbone): ...  # examples/tiny_backbone.py
+
     A subclass is called as `Class(arch, norm_layer=…)` and builds every stage with random weights; `keep` then drops
     what no head reads. It sets `stages`, and `channels` and `strides` of each stage that heads may read. A stage is the
     submodule of its name, or the submodules that `aliases` lists for it, run in order; `forward` is no more than that.
