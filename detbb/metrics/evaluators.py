@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from detbb.data.formats.semantic import read_mask
-from detbb.metrics.coco_ap import Kind, coco_evaluation, coco_ground_truth
+from detbb.metrics.coco_ap import COCO_LIMIT, Kind, coco_evaluation, coco_ground_truth
 from detbb.structures.annotations import Annotations
 from detbb.structures.predictions import Predictions
 
@@ -74,6 +74,7 @@ class CocoEvaluator:
 
     def __init__(self, annotations: Annotations, kinds: Sequence[Kind] = ("bbox",), *, engine: str = "hotcoco") -> None:
         self._annotations, self._kinds, self._engine = annotations, kinds, engine
+        self.max_detections = COCO_LIMIT  # of an image and class that count
         self._index = {number: i for i, number in enumerate(annotations.image_ids.tolist())}
         self._results: list[dict[str, Any]] = []
         self._curves: dict[str, np.ndarray] = {}
@@ -91,7 +92,9 @@ class CocoEvaluator:
         order = np.argsort(np.argsort(self._annotations.category_ids))  # engines sort classes by id
         for kind in self._kinds:
             truth = coco_ground_truth(self._annotations, kind)
-            precision = coco_evaluation(truth, results, kind, self._engine)["precision"][..., -1][:, :, order]
+            precision = coco_evaluation(truth, results, kind, self._engine, self.max_detections)["precision"][..., -1][
+                :, :, order
+            ]
             ranges = ("s", "m", "l") if kind != "keypoints" else ("m", "l")
             metrics[f"{kind}/AP"] = _mean(precision[..., 0])
             metrics[f"{kind}/AP50"] = _mean(precision[0, ..., 0])
@@ -99,6 +102,8 @@ class CocoEvaluator:
             metrics |= {f"{kind}/AP{size}": _mean(precision[..., i]) for i, size in enumerate(ranges, 1)}
             for label, name in enumerate(self._annotations.classes):
                 metrics[f"{kind}/AP-{name}"] = _mean(precision[:, :, label, 0])
+            if self.max_detections != COCO_LIMIT:
+                metrics[f"{kind}/max_detections"] = self.max_detections
             self._add_curves(kind, precision[..., 0])
         return {name: value for name, value in metrics.items() if value is not None}
 

@@ -44,7 +44,9 @@ def read_sources(config: Config) -> tuple[dict[str, Annotations], dict[str, Anno
     """
     with raise_on_all_ranks(rank0_first=True):
         needed = needs_by_source(config)
-        report = examine({name: config.data[name] for name in needed}, files=rank() == 0)
+        report = examine(
+            {name: config.data[name] for name in needed}, files=rank() == 0, max_detections=config.eval.max_detections
+        )
         report.check()
         train, val = report.annotations("train"), report.annotations("val")
         for name, needs in needed.items():

@@ -234,6 +234,30 @@ def _pfm(d: DataSet) -> None:
     (d.images() / "7.ppm").write_bytes(b"Pf\n40 30\n-1.0\n" + np.ones(1200, np.float32).tobytes())
 
 
+def _link(path: Path) -> None:
+    """Move a file out of its folder and leave a symbolic link to it."""
+    store = path.parents[1] / "store"
+    store.mkdir(exist_ok=True)
+    shutil.move(path, store / f"{path.parent.name}_{path.name}")
+    path.symlink_to(store / f"{path.parent.name}_{path.name}")
+
+
+def _group(d: DataSet, name: str) -> None:
+    for content in d.json.values():
+        for category in content["categories"]:
+            category["supercategory"] = name
+        content["categories"].insert(0, {**content["categories"][0], "id": 0, "name": name, "supercategory": "none"})
+
+
+def _crowded(d: DataSet, count: int, categories: tuple[int, ...] = (1,)) -> None:
+    """So many objects of each category in the first image of val, and none in the other."""
+    first = d.json["val"]["annotations"][0]
+    d.json["val"]["annotations"] = [
+        {**first, "id": number, "category_id": category}
+        for number, category in enumerate(np.repeat(categories, count).tolist(), start=1)
+    ]
+
+
 def _leak(d: DataSet) -> None:
     shutil.copy(d.file("train"), d.file("val"))
 
@@ -301,8 +325,8 @@ DATA_FAULTS = [
     ),
     DataFault(
         "val lacks a class of train",
-        "accepted",
-        "",
+        "noted",
+        "class without any object.*zebra",
         lambda d: (
             d.json["val"]["categories"].pop(),
             d.json["val"].update(annotations=[a for a in d.json["val"]["annotations"] if a["category_id"] == 1]),
@@ -313,6 +337,136 @@ DATA_FAULTS = [
         "refused",
         "training split lacks: lion",
         lambda d: d.again("val/categories", id=9, name="lion"),
+    ),
+    DataFault(
+        "val lacks a class of the list in the config",
+        "noted",
+        "class without any object.*zebra",
+        lambda d: (
+            d.options.update(classes=["zebra", "car"]),
+            d.json["val"]["categories"].pop(),
+            d.json["val"].update(annotations=[a for a in d.json["val"]["annotations"] if a["category_id"] == 1]),
+        ),
+    ),
+    DataFault(
+        "list in the config with a class that train lacks",
+        "refused",
+        "'lion' is not known; valid are car, zebra",
+        lambda d: d.options.update(classes=["car", "lion"]),
+        False,
+    ),
+    DataFault(
+        "class without objects in train and val",
+        "noted",
+        "class without any object.*lion",
+        lambda d: (d.again("train/categories", id=3, name="lion"), d.again("val/categories", id=3, name="lion")),
+    ),
+    DataFault("class of few objects", "noted", "fewer than 10 objects.*car .3., zebra .3.", lambda d: None),
+    DataFault(
+        "class name used twice, with objects of both ids",
+        "refused",
+        "class name used twice.*car .ids 1, 3.",
+        lambda d: (d.again("train/categories", id=3), d.set("train/annotations/0/category_id", 3)),
+    ),
+    DataFault(
+        "category that is the group of all others (Roboflow)",
+        "noted",
+        "group of all others .left out.*things .id 0.",
+        lambda d: _group(d, "things"),
+    ),
+    DataFault(
+        "group of all others under the name of a class",
+        "noted",
+        "group of all others .left out.*car .id 0.",
+        lambda d: _group(d, "car"),
+    ),
+    DataFault(
+        "group of all others that has objects",
+        "accepted",
+        "",
+        lambda d: (_group(d, "things"), [d.set(f"{s}/annotations/0/category_id", 0) for s in ("train", "val")]),
+    ),
+    DataFault(
+        "val image with 400 objects of a class, of which 100 count",
+        "noted",
+        "more than 100 objects of a class.*AP can reach 25.7, recall 25.0.*3.png",
+        lambda d: _crowded(d, 400),
+    ),
+    DataFault(
+        "val image with 101 objects of a class",
+        "noted",
+        "AP can reach 99.0, recall 99.0",
+        lambda d: _crowded(d, 101),
+    ),
+    DataFault("val image with 150 objects, 75 of each class", "accepted", "", lambda d: _crowded(d, 75, (1, 2))),
+    DataFault("val image with 100 objects of a class", "accepted", "", lambda d: _crowded(d, 100)),
+    DataFault(
+        "val image with 400 crowds",
+        "noted",
+        "crowd .evaluation",
+        lambda d: (_crowded(d, 400), [o.update(iscrowd=1) for o in d.json["val"]["annotations"][10:]]),
+    ),
+    DataFault(
+        "image folder that is not there",
+        "refused",
+        "is not a folder .looked in /.*; give data.mine.train.images=PATH",
+        lambda d: d.images().rename(d.folder / "moved"),
+        False,
+    ),
+    DataFault(
+        "annotation file that is not there",
+        "refused",
+        "train.json is not there .looked in /.*; give data.mine.train.annotations=PATH",
+        lambda d: d.json.update(train=None),
+        False,
+    ),
+    DataFault(
+        "symbolic link out of the image folder, `allow_links: true`",
+        "accepted",
+        "",
+        lambda d: (_link_outside(d), d.options.update(allow_links=True)),
+    ),
+    DataFault(
+        "symbolic link to nothing, `allow_links: true`",
+        "refused",
+        "not there.*7.png",
+        lambda d: (_link_outside(d), (d.folder / "secret.png").unlink(), d.options.update(allow_links=True)),
+    ),
+    DataFault(
+        "YOLO: label that is a symbolic link",
+        "refused",
+        "labels/7.txt.*symbolic link.*allow_links",
+        lambda d: (yolo(d, "0 0.5 0.5 0.2 0.2"), _link(d.folder / "labels" / "7.txt")),
+        False,
+    ),
+    DataFault(
+        "YOLO: images and labels that are symbolic links, `allow_links: true`",
+        "accepted",
+        "",
+        lambda d: (
+            yolo(d, "0 0.5 0.5 0.2 0.2", allow_links=True),
+            [_link(path) for folder in (d.images(), d.folder / "labels") for path in sorted(folder.iterdir())],
+        ),
+    ),
+    DataFault(
+        "VOC: images and XML files that are symbolic links, `allow_links: true`",
+        "accepted",
+        "",
+        lambda d: (
+            voc(d),
+            d.options.update(allow_links=True),
+            [_link(path) for folder in (d.images(), d.folder / "Annotations") for path in sorted(folder.iterdir())],
+        ),
+    ),
+    DataFault(
+        "semantic: images and masks that are symbolic links, `allow_links: true`",
+        "accepted",
+        "",
+        lambda d: (
+            semantic(d),
+            d.options.update(allow_links=True),
+            [_link(path) for folder in (d.images(), d.folder / "masks") for path in sorted(folder.iterdir())],
+        ),
     ),
     DataFault("polygon with an odd number of coordinates", "refused", "odd.*1", _mask([[1, 1, 2, 2, 3, 3, 4]])),
     DataFault("polygon with NaN", "refused", "polygon that is.*1", _mask([[1, 1, 2, NAN, 3, 3]])),

@@ -22,6 +22,8 @@ from detbb.data.formats import follows_train, read_split
 from detbb.data.formats.faults import Faults
 from detbb.structures.annotations import Annotations, Fault
 
+FEW = 10  # objects of a class, below which it is said
+
 
 @dataclass
 class Split:
@@ -45,7 +47,7 @@ class Report:
     def annotations(self, split: str) -> dict[str, Annotations]:
         """By source, with all faults found in `faults`."""
         return {
-            found.source: replace(found.annotations, faults=tuple(found.faults))
+            found.source: replace(found.annotations, faults=tuple(found.faults), notes=tuple(found.notes))
             for found in self.splits.values()
             if found.annotations is not None and found.split == split
         }
@@ -90,10 +92,10 @@ class Report:
         return table
 
 
-def examine(data: Mapping[str, DataConfig], *, files: bool = True) -> Report:
+def examine(data: Mapping[str, DataConfig], *, files: bool = True, max_detections: int = 100) -> Report:
     """Every fault of the train and val splits of these sources.
 
-    files: look at the image files, too.
+    files: look at the image files, too. max_detections: how many of an image and class evaluation counts.
     """
     report = Report()
     for name, source in data.items():
@@ -113,7 +115,7 @@ def examine(data: Mapping[str, DataConfig], *, files: bool = True) -> Report:
             else:
                 if annotations is not None:
                     faults = [*annotations.faults, *_of_set(annotations, split, source.augment)]
-                    notes = [*annotations.notes, *_notes(annotations, split)]
+                    notes = [*annotations.notes, *_notes(annotations, split, max_detections)]
                     found[split] = Split(name, split, origin, annotations, faults, notes)
         if files:
             splits = {split: s.annotations for split, s in found.items() if s.annotations is not None}
@@ -140,16 +142,44 @@ def _of_set(annotations: Annotations, split: str, augment: object) -> list[Fault
     return faults.found
 
 
-def _notes(annotations: Annotations, split: str) -> list[Fault]:
+def _notes(annotations: Annotations, split: str, max_detections: int) -> list[Fault]:
     notes = Faults("")
     if split == "val" and annotations.has("boxes") and len(annotations) and not len(annotations.labels):
         notes.repair("no object: there is nothing to measure", [""])
     ids = annotations.category_ids
     if len(ids) and not np.array_equal(np.sort(ids), np.arange(ids.min(), ids.min() + len(ids))):
         notes.repair("category ids with gaps (labels count from 0, results have these ids):", np.sort(ids))
+    if annotations.has("boxes") and len(annotations.labels):
+        labels = annotations.labels[~annotations.crowd]
+        counts = np.bincount(labels, minlength=len(annotations.classes)).tolist()
+        named = list(zip(annotations.classes, counts, strict=True))
+        notes.repair("class without any object:", [name for name, count in named if count == 0])
+        few = [f"{name} ({count})" for name, count in named if 0 < count < FEW]
+        notes.repair(f"class of fewer than {FEW} objects:", few)
     notes.repair("crowd (evaluation knows it, training leaves it out), ids", annotations.object_ids[annotations.crowd])
     if annotations.segments is not None:
         unmasked = annotations.object_ids[annotations.segments.empty() & ~annotations.crowd]
         notes.repair("object without a mask (not trained for segm), annotation ids", unmasked)
     notes.repair("file name beyond ASCII:", [name for name in annotations.file_names if not name.isascii()])
+    if split == "val" and annotations.has("boxes"):
+        _note_limit(annotations, max_detections, notes)
     return notes.found
+
+
+def _note_limit(annotations: Annotations, limit: int, notes: Faults) -> None:
+    """Say how high AP can become where images have more objects of a class than detections count."""
+    owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.first))[~annotations.crowd]
+    counts = np.zeros((len(annotations), len(annotations.classes)), dtype=np.int64)
+    np.add.at(counts, (owners, annotations.labels[~annotations.crowd]), 1)
+    full = np.flatnonzero((counts > limit).any(axis=1))
+    if not len(full):
+        return
+    totals = counts.sum(axis=0)
+    recall = counts.clip(max=limit).sum(axis=0)[totals > 0] / totals[totals > 0]
+    highest = 100 * np.mean((np.floor(recall * 100 + 1e-9) + 1) / 101)  # of COCO's 101 recalls, those that are reached
+    notes.repair(
+        f"image with more than {limit} objects of a class, of which {limit} detections count: AP can reach "
+        f"{highest:.1f}, recall {100 * recall.mean():.1f} (raise eval.max_detections, and the head's "
+        "detections_per_image with it):",
+        [annotations.file_names[index] for index in full[:10].tolist()] + [""] * (len(full) - 10),
+    )

@@ -90,7 +90,7 @@ def _look(source: DataConfig, annotations: Annotations, stats: np.ndarray, threa
             other = on_disk(path)
             return (RENAMED if other is not None and other != path else MISSING), name, ""
         try:
-            header = image_header(safe_join(annotations.root, name))
+            header = image_header(safe_join(annotations.root, name, links=source.allow_links))
             if header[0] * header[1] > source.max_pixels:
                 return TOO_LARGE, name, f"{header[1]} x {header[0]}"
             if header != size:
@@ -149,7 +149,7 @@ def _digest(path: Path) -> bytes | None:
 
 def _cache_key(source: DataConfig, splits: Mapping[str, Annotations], stats: Mapping[str, np.ndarray]) -> str:
     """Follows from exactly these files, and from what is asked about them."""
-    parts: list[object] = [source.on_bad_image, source.max_pixels, source.allow_leak]
+    parts: list[object] = [source.on_bad_image, source.max_pixels, source.allow_leak, source.allow_links]
     for split, a in splits.items():
         parts += [split, [*map(os.path.abspath, _paths(a))], a.sizes, stats[split], a.mask_values]
     return cache.key(*parts)

@@ -24,11 +24,12 @@ def check(config: Config, *, json_file: str | Path | None = None, fix: str | Pat
 
     Raises: UserError: something is refused, and is still there after the repair.
     """
-    report = examine(config.data)
+    limit = config.eval.max_detections
+    report = examine(config.data, max_detections=limit)
     print_report(report)
     content = report.to_dict()
     if fix is not None:
-        report = examine(write_repaired(config, report, Path(fix)).data)
+        report = examine(write_repaired(config, report, Path(fix)).data, max_detections=limit)
         print_report(report, title=f"repaired copy in {fix}: ")
         content["repaired_copy"] = report.to_dict()
     if json_file is not None:

@@ -81,12 +81,13 @@ def read_split(
     if classes is None and follows_train(source, split):
         train = read_split(source, "train", name, strict=False)
         classes = train.classes if train is not None else None
+    place = f"data.{name}.{split}"
     try:
-        annotations = data_format.read(_request(source, config, split, classes, strict=strict))
+        annotations = data_format.read(_request(source, split, classes, place, strict=strict))
         if strict and classes is not None and annotations.classes != tuple(classes):
             raise UserError(f"classes {list(annotations.classes)} are not those wanted: {list(classes)}")
     except UserError as e:
-        raise UserError(f"data.{name}.{split}: {e}") from None
+        raise UserError(f"{place}: {e}") from None
     return annotations
 
 
@@ -95,9 +96,9 @@ def follows_train(source: DataConfig, split: str) -> bool:
     return split == "val" and source.classes is None and find_format(source.format).classes_from == "files"
 
 
-def _request(
-    source: DataConfig, config: SplitConfig, split: str, classes: Sequence[str] | None, *, strict: bool
-) -> Request:
+def _request(source: DataConfig, split: str, classes: Sequence[str] | None, place: str, *, strict: bool) -> Request:
+    config = source.train if split == "train" else source.val
+    assert config is not None
     exact = classes is not None and source.classes is None
     data_format = find_format(source.format)
     if data_format.classes_from == "config":
@@ -112,14 +113,25 @@ def _request(
         missing = "annotations" if config.images else "images"
         raise UserError(f"`{missing}` is missing; format {source.format} needs both")
     images, annotations = Path(config.images), Path(config.annotations)
-    if not (data_format.generated or images.is_dir()):
-        raise UserError(f"images: {images} is not a folder")
+    if not data_format.generated:
+        for key, path, there in (
+            ("images", images, images.is_dir()),
+            ("annotations", annotations, annotations.exists()),
+        ):
+            if not there:
+                what = "a folder" if key == "images" else "there"
+                raise UserError(f"{key}: {path} is not {what} (looked in {path.absolute()}); give {place}.{key}=PATH")
     return Request(
         images,
         annotations,
         split,
         source,
-        Faults(annotations, strict=strict, skip_bad_images=source.on_bad_image == "skip"),
+        Faults(
+            annotations,
+            strict=strict,
+            skip_bad_images=source.on_bad_image == "skip",
+            allow_links=source.allow_links,
+        ),
         None if classes is None else tuple(classes),
         exact,
     )

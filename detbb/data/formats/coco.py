@@ -60,12 +60,25 @@ def _read(
     file = CocoFile(annotations)
     faults.refuse("category id used twice:", _repeated([c.id for c in file.categories]))
     categories = sorted({c.id: c for c in reversed(file.categories)}.values(), key=lambda c: c.id)
-    names = choose_classes([c.name for c in categories], classes, faults, exact=exact, may_lack=may_lack)
+    root = file.root()
+    others = [c.name for c in categories if c is not root]
+    if root is not None and (root.name in others or root.name not in (classes or ())):
+        categories.remove(root)
+        faults.note(
+            "category without objects that is the group of all others (left out):", [f"{root.name} (id {root.id})"]
+        )
+    ids: dict[str, list[int]] = {}
+    for category in categories:
+        ids.setdefault(category.name, []).append(category.id)
+    twice = [f"{name} (ids {', '.join(map(str, own))})" for name, own in ids.items() if len(own) > 1]
+    faults.refuse("class name used twice (--fix makes it one class):", twice)
+    names = choose_classes(list(ids), classes, faults, exact=exact, may_lack=may_lack)
     category_ids = _category_ids(categories, names)
     used, sizes = _usable_images(images, file.images, faults)
     image_ids = np.array([i.id for i in used], dtype=np.int64)
     keypoint_names = _keypoint_names(categories, names, annotations)
-    rows = _rows(file, _Images(image_ids, sizes), category_ids, len(keypoint_names), faults)
+    label_of = {number: names.index(name) for name, own in ids.items() if name in names for number in own}
+    rows = _rows(file, _Images(image_ids, sizes), label_of, len(keypoint_names), faults)
     keypoint_names = keypoint_names if rows.keypoints is not None else ()
     return annotations_of(
         images,
@@ -115,7 +128,7 @@ def _usable_images(root: Path, images: list[Image], faults: Faults) -> tuple[lis
     unread: list[int] = []
     for k in np.flatnonzero(missing).tolist():
         try:
-            sizes[k] = image_header(safe_join(root, used[k].file_name))
+            sizes[k] = image_header(safe_join(root, used[k].file_name, links=faults.allow_links))
         except BadImage:
             unread.append(k)
     faults.bad_images("image of unknown size that cannot be read", [used[k].file_name for k in unread])
@@ -140,7 +153,7 @@ class _Images(NamedTuple):
         return self.sizes[index] * known[:, None] if len(self.ids) else np.zeros((len(ids), 2), dtype=np.int32)
 
 
-def _rows(file: CocoFile, images: _Images, category_ids: np.ndarray, points: int, faults: Faults) -> Rows:
+def _rows(file: CocoFile, images: _Images, label_of: dict[int, int], points: int, faults: Faults) -> Rows:
     """The objects of images that can be used, with `points` keypoints each."""
 
     parts = []
@@ -163,8 +176,8 @@ def _rows(file: CocoFile, images: _Images, category_ids: np.ndarray, points: int
     image, used = _lookup(images.ids, columns["image"])
     used &= known_category & (~bare | bare.all())
     image, columns = image[used], {name: column[used] for name, column in columns.items()}
-    label, wanted = _lookup(category_ids, columns["category"])
-    label = np.where(wanted, label, -1)
+    place, wanted = _lookup(np.array(list(label_of), dtype=np.int64), columns["category"])
+    label = np.where(wanted, np.array([*label_of.values(), -1])[place], -1)
     faults.repair("missing iscrowd (taken as 0), annotation ids", columns["id"][columns["no_crowd"]])
     wrong = columns["wrong_points"] & wanted
     faults.refuse(f"keypoints that are not {points} finite x, y, visibility, annotation ids", columns["id"][wrong])

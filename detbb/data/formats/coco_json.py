@@ -38,6 +38,7 @@ class Category(msgspec.Struct, gc=False):
     id: OwnId
     name: str
     keypoints: list[str] = []
+    supercategory: Any = None
 
 
 class Object(msgspec.Struct, gc=False):
@@ -51,7 +52,12 @@ class Object(msgspec.Struct, gc=False):
     keypoints: list[float] | None = None
 
 
+class _CategoryOf(msgspec.Struct, gc=False):
+    category_id: Id
+
+
 _OBJECT = msgspec.json.Decoder(Object)
+_CATEGORY_OF = msgspec.json.Decoder(_CategoryOf)
 
 
 class _Document(msgspec.Struct, gc=False):
@@ -92,6 +98,20 @@ class CocoFile:
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 objects = self._decode(b"[" + b",".join(run) + b"]", list[Object], start)
             yield objects
+
+    def root(self) -> Category | None:
+        """The category that is only the name of all others' group and has no object (as in Roboflow's files)."""
+        for category in self.categories:
+            others = [c for c in self.categories if c.id != category.id]
+            if others and all(c.supercategory == category.name for c in others) and not self._has_objects(category.id):
+                return category
+        return None
+
+    def _has_objects(self, category_id: int) -> bool:
+        try:
+            return any(_CATEGORY_OF.decode(item).category_id == category_id for item in self._objects)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # `objects` will say what is wrong
+            return True
 
     def _decode(self, data: bytes, kind: type[T], start: int = 0) -> T:
         try:

@@ -21,12 +21,15 @@ class Faults:
     """The faults of one file, in the order found. A reader collects all of them, leaving out what it cannot use.
 
     strict: `finish` refuses; else the reader goes on with what is left, for the dataset doctor to report and repair.
-    skip_bad_images: images that cannot be read are left out and counted (`on_bad_image: skip`).
+    skip_bad_images: images that cannot be read are left out and counted (`on_bad_image: skip`). allow_links: files may
+    be links out of their folder.
     """
 
-    def __init__(self, origin: str | Path, *, strict: bool = True, skip_bad_images: bool = False) -> None:
+    def __init__(
+        self, origin: str | Path, *, strict: bool = True, skip_bad_images: bool = False, allow_links: bool = False
+    ) -> None:
         self.origin = origin
-        self.strict, self.skip_bad_images = strict, skip_bad_images
+        self.strict, self.skip_bad_images, self.allow_links = strict, skip_bad_images, allow_links
         self.found: list[Fault] = []
         self.notes: list[Fault] = []  # nothing to repair, good to know
         self.of_images = False  # whether image files were looked at: what was read is not the file's alone
@@ -150,9 +153,8 @@ def choose_classes(
 
     exact: no others may be among those found. may_lack: not all that are wanted have to be.
     """
-    faults.refuse("class name used twice:", sorted({n for n in found if list(found).count(n) > 1}))
     if wanted is None:
-        return tuple(dict.fromkeys(found))
+        return tuple(found)
     lacks = [n for n in wanted if n not in found]
     if lacks and not (exact or may_lack):
         raise unknown_name(f"{faults.origin}: classes", lacks[0], found)

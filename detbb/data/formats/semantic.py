@@ -37,7 +37,7 @@ def read_semantic(
         )
     faults = faults or Faults(masks)
     listed = listed_images(images, faults)
-    headers, bad = readable_headers(images, listed)
+    headers, bad = readable_headers(images, listed, links=faults.allow_links)
     faults.bad_images("image that cannot be read", bad)
     mask_of = {f: Path(f).with_suffix(".png").as_posix() for f in headers}
     stems = [Path(f).with_suffix("").as_posix() for f in listed]
@@ -59,7 +59,7 @@ def read_semantic(
         crowd=np.zeros(0, dtype=bool),
         areas=np.zeros(0),
         object_ids=np.zeros(0, dtype=np.int64),
-        mask_files=PackedStrings(str(safe_join(masks, mask_of[f])) for f in files),
+        mask_files=PackedStrings(str(safe_join(masks, mask_of[f], links=faults.allow_links)) for f in files),
         mask_values=mask_values,
         faults=faults.finish(),
         notes=tuple(faults.notes),

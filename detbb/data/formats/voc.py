@@ -31,9 +31,9 @@ def read_voc(request: Request) -> Annotations:
     stems, files = _listed(images, request.annotations, faults)
     partners = {stem: f"{stem}.xml" for stem in stems}
     found = check_partners(partners, folder, ".xml", faults, optional=False, stems=files)
-    trees, wrong = _parse_all(folder, [stem for stem in stems if stem in found])
+    trees, wrong = _parse_all(folder, [stem for stem in stems if stem in found], links=faults.allow_links)
     faults.refuse("annotation file that cannot be used:", wrong)
-    sizes, bad = _sizes(trees, images, files)
+    sizes, bad = _sizes(trees, images, files, links=faults.allow_links)
     faults.bad_images("image of unknown size that cannot be read", bad)
     used = [stem for stem in trees if stem in sizes]
     objects = [(i, o) for i, stem in enumerate(used) for o in trees[stem].iter("object")]
@@ -91,12 +91,12 @@ def _annotation_folder(images: Path, image_set: Path) -> Path:
     raise UserError(f"{image_set}: no folder Annotations/ beside it, up to three folders above, or beside {images}")
 
 
-def _parse_all(folder: Path, stems: Iterable[str]) -> tuple[dict[str, ElementTree.Element], list[str]]:
+def _parse_all(folder: Path, stems: Iterable[str], *, links: bool) -> tuple[dict[str, ElementTree.Element], list[str]]:
     """The XML of each image that has one which can be used, and what is wrong with the others."""
     trees, wrong = {}, []
     for stem in stems:
         try:
-            trees[stem] = _parse(safe_join(folder, f"{stem}.xml"))
+            trees[stem] = _parse(safe_join(folder, f"{stem}.xml", links=links))
         except UserError as error:
             wrong.append(str(error))
     return trees, wrong
@@ -127,11 +127,11 @@ def _parse(path: Path) -> ElementTree.Element:
 
 
 def _sizes(
-    trees: dict[str, ElementTree.Element], images: Path, files: dict[str, str]
+    trees: dict[str, ElementTree.Element], images: Path, files: dict[str, str], *, links: bool
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """(height, width) of each image, from its file where the XML has none; and the files that cannot be read."""
     sizes = {stem: size for stem, tree in trees.items() if (size := _size(tree)) is not None}
-    headers, bad = readable_headers(images, (files[stem] for stem in trees if stem not in sizes))
+    headers, bad = readable_headers(images, (files[stem] for stem in trees if stem not in sizes), links=links)
     for stem in trees:
         if stem not in sizes and files[stem] in headers:
             sizes[stem] = headers[files[stem]]

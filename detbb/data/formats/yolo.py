@@ -35,13 +35,17 @@ def read_yolo(
         raise UserError(f"{labels} is not a folder")
     faults = faults or Faults(labels)
     listed = listed_images(images, faults)
-    headers, bad = readable_headers(images, listed)
+    headers, bad = readable_headers(images, listed, links=faults.allow_links)
     faults.bad_images("image that cannot be read", bad)
     files = list(headers)
     sizes = np.array([headers[f] for f in files], dtype=np.int32).reshape(-1, 2)
     partner = {name: Path(name).with_suffix(".txt").as_posix() for name in listed}
     labelled = check_partners(partner, labels, ".txt", faults, optional=True)
-    texts = {i: safe_join(labels, partner[name]) for i, name in enumerate(files) if name in labelled}
+    texts = {
+        i: safe_join(labels, partner[name], links=faults.allow_links)
+        for i, name in enumerate(files)
+        if name in labelled
+    }
     points = None if keypoints is None else len(keypoints.names)
     lines = readable(list(_lines(texts, list(classes), faults)), sizes, points, faults)
     shapes = [_shape(line, sizes[line.image].tolist(), points or 0) for line in lines]
