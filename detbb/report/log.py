@@ -119,9 +119,13 @@ class RunLog:
                     writer.image(f"{split}/{weights}/{name}", pixels, step)
             for writer in self._writers:
                 writer.scalars(step, metrics, split=split, weights=weights)
-        whole = {name: value for name, value in metrics.items() if "-" not in name.split("/", 2)[-1]}
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in whole.items())
-        self._show(Text(f"step {step}  {split} ({weights})  {shown}"))
+        kinds: dict[str, str] = {}  # `<head>/<kind>` -> its metrics over all classes
+        for name, value in metrics.items():
+            *parts, metric = name.split("/", 2)
+            if "-" not in metric:
+                kind = "/".join(parts)
+                kinds[kind] = f"{kinds.get(kind, kind)} {metric} {value:.4g}"
+        self._show(Text(f"step {step}  {split} ({weights})  {'  '.join(kinds.values())}"))
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Text for the writers alone, such as the freeze report."""

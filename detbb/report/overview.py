@@ -31,14 +31,15 @@ def opening(
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
     lines = [
         f"{', '.join(f'{name} {version}' for name, version in versions().items())}; {device.type} ({machine})",
-        f"command: {shlex.join(sys.argv)}{_commit()}",
+        f"command: {shlex.join(['python', *sys.argv])}{_commit()}",
     ]
     for split, sources in (("train", train), ("val", val)):
         lines += [f"data.{name}.{split}: {_contents(annotations)}" for name, annotations in sources.items()]
-    epoch, schedule = images_per_epoch(config, train), config.schedule
+    images, schedule = images_per_epoch(config, train), config.schedule
+    epoch = round(images / config.train.batch_size, 1)
     warmup = f", after {schedule.warmup_steps} steps of warm-up" if schedule.warmup_steps else ""
     lines.append(
-        f"{epoch:g} images / batch {config.train.batch_size} = {epoch / config.train.batch_size:g} steps an epoch; "
+        f"{images:g} images / batch {config.train.batch_size} = {epoch:g} steps an epoch; "
         f"{steps} steps with {config.optimizer.type}, lr {config.optimizer.lr:g}{warmup}, {schedule.type}"
     )
     every = f"every {config.eval.every} steps" if config.eval.every else "at the last step"
