@@ -29,6 +29,7 @@ from detbb.config.schema import Config, Section
 from detbb.core.errors import UserError, nearest
 from detbb.core.files import write_atomically
 
+Keys = tuple[str | int, ...]
 Layer = tuple[str, dict[str, Any]]  # where it was written, and what
 Find = Callable[[str], Any]  # the head class of a `type`, or the `Format` of a `format`; raises UserError
 
@@ -200,15 +201,13 @@ def _read(path: Path, asks: str = "") -> Layer:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise UserError(f"{asks}{path}: is larger than {MAX_BYTES // 10**6} MB, which no config file is")
         text = data.decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{asks}{path}: no such config file{nearest(path.name, _yaml_files(path.parent))}") from None
-    except UserError:
-        raise
     except (OSError, ValueError) as error:
         raise UserError(_one_line(f"{asks}{path}: cannot be read as a config file: {error}")) from None
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{asks}{path}: is larger than {MAX_BYTES // 10**6} MB, which no config file is")
     if foreign := _foreign(set(re.findall(r"^(\w+) *:", text, re.MULTILINE))):
         raise UserError(f"{asks}{path}: is {foreign}; docs/config.md has detbb's keys, configs/ files to begin with")
     values = _parse(text, str(path))
@@ -264,42 +263,46 @@ def _merge(old: Any, new: Any, where: str, at: str = "") -> Any:
 def _resolve(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The same with every ${…} replaced, and what is wrong with those that cannot be, by key path."""
     problems: dict[str, str] = {}
-    try:
-        known = OmegaConf.create(values)
-    except (OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
-        known, problems[""] = OmegaConf.create(), f"cannot be resolved: {str(error).splitlines()[0]}"
 
-    def resolved(value: Any, keys: tuple[str | int, ...]) -> Any:
-        if isinstance(value, dict | list) and len(keys) < MAX_DEPTH:
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            made = {key: resolved(item, (*keys, key)) for key, item in items}
-            return made if isinstance(value, dict) else list(made.values())
-        if not isinstance(value, str) or "${" not in value or problems.get(""):
-            return value
+    def checked(keys: Keys, text: str) -> str | None:
+        if wrong := _refused_interpolation(text):
+            problems[join("", *keys)] = wrong
+        return None if wrong else text
+
+    def resolved(keys: Keys, text: str) -> Any:
+        at = join("", *keys)
         try:
-            _check_interpolations(value)
-            found = reduce(getitem, keys, known)
+            found = text if at in problems else reduce(getitem, keys, known)
             return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
         except (OmegaConfBaseException, RecursionError, LookupError, ValueError, TypeError) as error:
-            text = str(error).split("\n")[0]
-            if missing := _MISSING_VARIABLE.search(text):
-                text = f"environment variable {missing[1]} is not set; set it or write ${{oc.env:{missing[1]},default}}"
-            problems[join("", *keys)] = text if isinstance(error, UserError) else f"cannot be resolved: {text}"
-            return value
+            said = str(error).split("\n")[0]
+            if missing := _MISSING_VARIABLE.search(said):
+                said = f"environment variable {missing[1]} is not set; set it or write ${{oc.env:{missing[1]},default}}"
+            problems[at] = f"cannot be resolved: {said}"
+            return text
 
-    return resolved(values, ()), problems
+    try:
+        known = OmegaConf.create(_map_interpolations(values, checked), flags={"allow_objects": True})
+    except OmegaConfBaseException as error:  # of its grammar
+        return values, {getattr(error, "full_key", None) or "": f"cannot be resolved: {str(error).splitlines()[0]}"}
+    return _map_interpolations(values, resolved), problems
 
 
-def _check_interpolations(text: str) -> None:
+def _map_interpolations(value: Any, change: Callable[[Keys, str], Any], keys: Keys = ()) -> Any:
+    if isinstance(value, dict):
+        return {key: _map_interpolations(item, change, (*keys, key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_interpolations(item, change, (*keys, index)) for index, item in enumerate(value)]
+    return change(keys, value) if isinstance(value, str) and "${" in value else value
+
+
+def _refused_interpolation(text: str) -> str | None:
     for match in _RESOLVED.finditer(text):
-        if match["variable"] and _SECRET.search(match["variable"]):
-            raise UserError(
-                f"reads the environment variable {match['variable']}, which looks like a secret: configs are stored"
-            )
+        if (name := match["variable"]) and _SECRET.search(name):
+            return f"reads the environment variable {name}, which looks like a secret: configs are stored"
     if "${" in _RESOLVED.sub("", text):
-        raise UserError(
-            f"is {show(text)}; of ${{…}}, valid are ${{other.key}} and ${{oc.env:NAME,default}}, not nested"
-        )
+        return f"is {show(text)}; of ${{…}}, valid are ${{other.key}} and ${{oc.env:NAME,default}}, not nested"
+    return None
 
 
 def _build(

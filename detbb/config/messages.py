@@ -23,36 +23,25 @@ _WORDS = {
     "dict_type": "a section of name: value",
 }
 _COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
-_FOREIGN = {  # a key of another tool -> what detbb says; keys of any section, if nothing else fits
-    "imgsz": "data.<name>.image_size",
-    "input.min_size_train": "data.<name>.image_size",
-    "num_classes": "data.<name>.classes (or leaves it to the annotations)",
-    "nc": "data.<name>.classes (or leaves it to the annotations)",
-    "epochs": "train.epochs",
-    "max_epochs": "train.epochs",
-    "solver.max_iter": "train.steps",
-    "max_iter": "train.steps",
-    "batch": "train.batch_size",
-    "batch_size": "train.batch_size",
-    "solver.ims_per_batch": "train.batch_size",
-    "num_workers": "train.workers",
-    "amp": "train.precision",
-    "lr0": "optimizer.lr",
-    "lr": "optimizer.lr",
-    "base_lr": "optimizer.lr",
-    "momentum": "optimizer.momentum",
-    "weight_decay": "optimizer.weight_decay",
-    "solver.steps": "schedule.milestones",
-    "warmup_iters": "schedule.warmup_steps",
-    "eval_period": "eval.every",
-    "checkpoint_period": "checkpoint.every",
-    "model.weights": "backbone.weights (a backbone) or init_from (a detector)",
-    "pretrained": "backbone.weights (a backbone) or init_from (a detector)",
-    "load_from": "init_from",
-    "freeze_at": "freeze: [backbone.stem, backbone.layer1] (FREEZE_AT 2)",
-    "frozen_stages": "freeze: [backbone.stem, backbone.layer1] (frozen_stages 1)",
-    "work_dir": "output_dir",
-    "_base_": "base",
+_FOREIGN = {  # what detbb says -> keys of other tools, in lower case; the last words of one are enough
+    "data.<name>.image_size": "imgsz input.min_size_train input.max_size_train",
+    "data.<name>.classes, or leaves it to the annotations": "num_classes nc names",
+    "train.epochs": "epochs max_epochs",
+    "train.steps": "max_iter max_iters",
+    "train.batch_size": "batch batch_size ims_per_batch samples_per_gpu",
+    "train.workers": "num_workers workers_per_gpu",
+    "train.precision": "amp amp.enabled",
+    "optimizer.lr": "lr lr0 base_lr learning_rate",
+    "optimizer.momentum": "momentum",
+    "optimizer.weight_decay": "weight_decay",
+    "schedule.milestones": "solver.steps",
+    "schedule.warmup_steps": "warmup_iters warmup_epochs",
+    "eval.every": "eval_period val_interval",
+    "checkpoint.every": "checkpoint_period save_period",
+    "backbone.weights (a backbone) or init_from (a detector)": "model.weights pretrained load_from",
+    "freeze: [backbone.stem, backbone.layer1] (for 2 and 1)": "freeze_at frozen_stages",
+    "output_dir": "work_dir project",
+    "base": "_base_",
 }
 
 
@@ -128,9 +117,9 @@ def problems_of(error: ValidationError, section: type[BaseModel], at: str) -> It
 def _foreign(at: str, value: Any) -> Iterator[Problem]:
     """The keys at and below `at` that another tool has, each with detbb's."""
     for path in _leaves(at, value):
-        found = [own for word, own in _FOREIGN.items() if f".{path.lower()}".endswith(f".{word}")]
-        if found:
-            yield path, f"is not a key of detbb, which says {found[0]}"
+        for own, words in _FOREIGN.items():
+            if f".{path.lower()}".endswith(tuple(f".{word}" for word in words.split())):
+                yield path, f"is not a key of detbb, which says {own}"
 
 
 def _leaves(at: str, value: Any) -> Iterator[str]:

@@ -6,7 +6,6 @@ for editors are made from here. What several keys must be together is in detbb/c
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -38,6 +37,17 @@ def at_most(other: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def rule(holds: Callable[[Any], bool], must: str) -> AfterValidator:
+    """Refuses a value for which `holds` is false, in the words of `must`."""
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(must)
+        return value
+
+    return AfterValidator(check)
+
+
 def in_words(must: str) -> WrapValidator:
     """Says what is valid in these words, where the type alone would not tell a person."""
 
@@ -45,39 +55,9 @@ def in_words(must: str) -> WrapValidator:
         try:
             return validate(value)
         except ValidationError:
-            raise ValueError(f"must be {must}") from None
+            raise ValueError(must) from None
 
     return WrapValidator(check)
-
-
-def _short_then_long(size: list[int]) -> list[int]:
-    if len(size) != 2 or size[0] > size[1]:
-        raise ValueError("must be [short side, longest side] with short <= longest")
-    return size
-
-
-def _no_name_twice(names: list[str] | str | None) -> list[str] | str | None:
-    if isinstance(names, list) and len(set(names)) < len(names):
-        raise ValueError("must not name one twice")
-    return names
-
-
-def _ascending(steps: list[int]) -> list[int]:
-    if any(a >= b for a, b in itertools.pairwise(steps)):
-        raise ValueError("must be ascending")
-    return steps
-
-
-def _typed(transforms: Any) -> Any:
-    if isinstance(transforms, list) and not all(isinstance(t.get("type"), str) for t in transforms):
-        raise ValueError("has a transform without a type")
-    return transforms
-
-
-def _above_zero(factor: float) -> float:
-    if factor <= 0:
-        raise ValueError("must be above 0; to stop a part, freeze it")
-    return factor
 
 
 Norm = Literal["bn", "frozen_bn", "sync_bn", "gn"]
@@ -85,9 +65,20 @@ NonEmpty = Annotated[list[T], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Names = Annotated[list[str], Field(min_length=1)] | Annotated[str, Field(min_length=1)] | None
-Classes = Annotated[Names, in_words("a list of names, a names file or null"), AfterValidator(_no_name_twice)]
-Transforms = Annotated[Literal["default", "none"] | list[dict[str, Any]], AfterValidator(_typed)]
-Augment = Annotated[Transforms, in_words("default, none or a list of {type: Name, …its arguments}")]
+NO_NAME_TWICE = rule(lambda names: not isinstance(names, list) or len(set(names)) == len(names), "must name none twice")
+Classes = Annotated[
+    Names,
+    in_words("must be a list of names, a names file or null"),
+    NO_NAME_TWICE,
+]
+Augment = Annotated[
+    Literal["default", "none"] | list[Annotated[dict[str, Any], rule(lambda t: isinstance(t.get("type"), str), "")]],
+    in_words("must be default, none or a list of {type: Name, …its arguments}"),
+]
+ImageSize = Annotated[
+    list[PositiveInt],
+    rule(lambda s: len(s) == 2 and s[0] <= s[1], "must be [short side, longest side] with short <= longest"),
+]
 
 
 class Section(BaseModel):
@@ -160,10 +151,10 @@ class DataConfig(Section):
     classes: Classes = None
     """`yolo`, `semantic`: a names file (JSON, YAML or one name a line) or a list of names. `coco`, `voc`: `null` takes
     all classes of the file, a list takes those (in that order)."""
-    keypoints: Annotated[list[str], AfterValidator(_no_name_twice)] | None = None
+    keypoints: Annotated[list[str], NO_NAME_TWICE] | None = None
     """`yolo` only: names of the keypoints that follow each box; `[]`: there are none, longer lines are polygons;
     `null`: as `kpt_shape` in the file of `classes` says, else told from the lines."""
-    image_size: Annotated[list[PositiveInt], AfterValidator(_short_then_long)] = [800, 1333]
+    image_size: ImageSize = [800, 1333]
     """Short side and longest side that an image is resized to, in pixels."""
     augment: Augment = "default"
     """`default` (horizontal flip, short side drawn in 0.8 … 1 of `image_size`), `none`, or a list of albumentations
@@ -270,7 +261,7 @@ class OptimizerConfig(Section):
     """Weight decay of convolution and linear weights."""
     norm_weight_decay: NonNegativeFloat = 0.0
     """Weight decay of norm weights and of all biases, found by module type."""
-    lr_mult: dict[str, Annotated[float, AfterValidator(_above_zero)]] = {}
+    lr_mult: dict[str, Annotated[float, rule(lambda f: f > 0, "must be above 0; to stop a part, freeze it")]] = {}
     """Learning-rate factor by submodule name (`backbone: 0.1`); the longest matching name counts. To stop a part,
     freeze it."""
 
@@ -280,7 +271,7 @@ class ScheduleConfig(Section):
 
     type: Literal["multistep", "cosine", "constant"] = "multistep"
     """`multistep`: times `gamma` at each milestone; `cosine`: to zero at the last step; `constant`."""
-    milestones: Annotated[list[PositiveInt], AfterValidator(_ascending)] = []
+    milestones: Annotated[list[PositiveInt], rule(lambda s: s == sorted(set(s)), "must be ascending")] = []
     """`multistep`: the steps at which the rate drops."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     """`multistep`: the factor of each drop."""
