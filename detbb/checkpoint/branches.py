@@ -15,22 +15,23 @@ from torch import Tensor
 
 from detbb.checkpoint.content import (
     FORMAT_VERSION,
+    MISFIT,
     ClassesForm,
     ConfigForm,
     evaluated_state,
     inherit_head,
     open_checkpoint,
     restore_detector,
+    stored_config,
     upgraded,
 )
+from detbb.checkpoint.untrusted import shapes_of
 from detbb.config.loading import config_to_dict
 from detbb.config.schema import Config
 from detbb.core.errors import UserError, unknown_name
 from detbb.core.files import BadFile, check_output, load_tensors, save_tensors
 from detbb.core.forms import Form
-from detbb.detector import build_detector
 from detbb.freeze import digests
-from detbb.heads.loading import config_from_dict
 
 
 class _SharedForm(Form):
@@ -118,7 +119,7 @@ def attach(
     if head is not None and len(files) != 1:
         raise UserError(f"--head {head}: renames the branch of one file, but {len(files)} are given")
     content = _open(checkpoint, output, overwrite)
-    config = config_from_dict(content["config"], origin="the checkpoint's stored config")
+    config = stored_config(content)
     state = evaluated_state(content)
     shared = digests(state, [n for n in state if not n.startswith("heads.")])
     lines = []
@@ -133,7 +134,7 @@ def attach(
             if not force:
                 raise UserError(f"{file}: {problem}; train it from this checkpoint with these frozen, or use --force")
             lines.append(f"WARNING: {file}: {problem}; measure it with tools/eval.py before you use it")
-        stored = config_from_dict(branch["config"], origin=f"the config stored in {file}")
+        stored = stored_config(branch, f"the config stored in {file}")
         own = stored.heads[branch["head"]]
         inherit_head(config, name, own, stored.data[own.data])
         tensors = {f"heads.{name}.{n}": tensor for n, tensor in branch["tensors"].items()}
@@ -195,7 +196,7 @@ def _save(output: Path | str, content: dict[str, Any]) -> str:
 
 def _reduced(content: Mapping[str, Any], heads: Sequence[str]) -> tuple[Config, set[str]]:
     """The checkpoint's config with these heads alone, and the names of the tensors that such a detector has."""
-    config = config_from_dict(content["config"], origin="the checkpoint's stored config")
+    config = stored_config(content)
     for name in heads:
         if name not in config.heads:
             raise unknown_name("--head", name, config.heads)
@@ -206,7 +207,7 @@ def _reduced(content: Mapping[str, Any], heads: Sequence[str]) -> tuple[Config, 
     if config.eval.best is not None and config.eval.best.partition("/")[0] not in heads:
         config.eval.best = None
     bare = config.model_copy(update={"freeze": [], "phases": []})  # these may name parts that no head needs any more
-    tensors = set(build_detector(bare, content["classes"]).state_dict())
+    tensors = set(shapes_of(bare, content["classes"], MISFIT, most=len(content["model"])))
     config.freeze = [n for n in config.freeze if _holds(n, tensors)]
     for phase in config.phases:
         phase.freeze = [n for n in phase.freeze if _holds(n, tensors)]

@@ -7,7 +7,7 @@ with `weights_only=True`.
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detbb.checkpoint.untrusted import build_exactly, check_shapes, check_values
 from detbb.config.schema import Config, DataConfig
 from detbb.core.errors import UserError, unknown_name
 from detbb.core.files import BadFile, load_tensors
 from detbb.core.forms import Form
-from detbb.detector import Detector, build_detector, view
+from detbb.detector import Detector, view
 from detbb.freeze import frozen_names, part_of
 from detbb.heads import HeadConfig
 from detbb.heads.loading import config_from_dict
@@ -89,6 +90,7 @@ class CheckpointForm(Form):
 
 
 KEYS = tuple(CheckpointForm.model_fields)
+MISFIT = "checkpoint: its tensors do not fit its own config"
 
 
 def versions() -> dict[str, str]:
@@ -153,9 +155,12 @@ def open_checkpoint(path: Path | str, *, key: str = "checkpoint") -> dict[str, A
         raise UserError(f"{key} {error}") from error
 
 
-def stored_config(checkpoint: Mapping[str, Any]) -> Config:
+def stored_config(
+    content: Mapping[str, Any], origin: str = "the checkpoint's stored config", *, overrides: Sequence[str] = ()
+) -> Config:
     """The configuration that a checkpoint or branch file holds. Raises: UserError: it cannot be used."""
-    return config_from_dict(checkpoint["config"], origin="the checkpoint's stored config")
+    check_values(content["config"], origin)
+    return config_from_dict(content["config"], origin=origin, overrides=overrides)
 
 
 def opened(path: Path | str, heads: Collection[str] | None) -> tuple[dict[str, Any], Config, list[str]]:
@@ -207,9 +212,10 @@ def add_inherited_heads(
     Returns the classes of all inherited heads, also of those that `config` names already (a run's own config.yaml).
     """
     stored = stored_config(checkpoint)
-    for name, head in stored.heads.items():
-        if name not in config.heads and (only is None or name in only):
-            inherit_head(config, name, head, stored.data[head.data])
+    if added := [name for name in stored.heads if name not in config.heads and (only is None or name in only)]:
+        check_shapes(stored, checkpoint["classes"], checkpoint["model"], MISFIT)
+    for name in added:
+        inherit_head(config, name, stored.heads[name], stored.data[stored.heads[name].data])
     return {n: ClassList.of(checkpoint["classes"][n]) for n in config.inherited_heads if n in checkpoint["classes"]}
 
 
@@ -264,11 +270,8 @@ def restore_detector(checkpoint: Mapping[str, Any], *, weights: str | None = Non
     """
     if weights == "ema" and checkpoint["ema"] is None:
         raise UserError("weights: 'ema', but this checkpoint holds no average; valid is 'model'")
-    detector = build_detector(
-        stored_config(checkpoint), {name: ClassList.of(c) for name, c in checkpoint["classes"].items()}
-    )
-    load_exactly(detector, evaluated_state(checkpoint, weights), "checkpoint: its tensors do not fit its own config")
-    return view(detector)
+    state = evaluated_state(checkpoint, weights)
+    return view(build_exactly(stored_config(checkpoint), checkpoint["classes"], state, MISFIT))
 
 
 def load_exactly(detector: Detector, given: Mapping[str, Tensor], problem: str) -> None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from detbb.checkpoint.branches import read_branch, some
 from detbb.checkpoint.content import evaluated_state, open_checkpoint
-from detbb.core.errors import UserError
+from detbb.core.errors import UserError, printable
 from detbb.freeze import digests, part_of
 from detbb.modeling.backbones import known_aliases
 
@@ -145,4 +145,4 @@ def _table(*headers: str, title: str) -> Table:
 
 
 def _add(table: Table, *cells: str) -> None:
-    table.add_row(*(Text(cell) for cell in cells))  # not markup: class names may hold brackets
+    table.add_row(*(Text(printable(cell)) for cell in cells))  # not markup: class names may hold brackets

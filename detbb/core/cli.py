@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from detbb.core.errors import ProcessLost, Stopped, UserError, tell_torchrun
+from detbb.core.errors import ProcessLost, Stopped, UserError, printable, tell_torchrun
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,6 +84,7 @@ def command() -> NoReturn:
 
 def _fail(error: Exception, text: str, code: int) -> NoReturn:
     """Say what was wrong, and exit. torchrun shows the error of the first process that does so, as the last thing."""
+    text = printable(text)
     if "RANK" not in os.environ:
         print(text, file=sys.stderr)
         sys.exit(code)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+
+# Control characters but tab and newline, marks that reorder text or break lines, and halves of characters.
+_UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -38,6 +42,11 @@ def tell_torchrun(error_file: str | None, text: str) -> None:
 def one_line(error: object, most: int = 300) -> str:
     """What an error says, without line breaks and in at most so many characters; its type where it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def printable(text: object) -> str:
+    """`text` with control characters written out: a name from a file must not steer a terminal, nor a log's reader."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def unknown_name(where: str, name: str, valid: Iterable[str]) -> UserError:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from detbb.config.schema import Config, DataConfig
 from detbb.core.errors import UserError
+from detbb.core.machine import check_batch
 from detbb.data.feature_store import Store
 from detbb.data.images import BadImage
 from detbb.data.sample import SampleReader
@@ -150,6 +151,8 @@ def train_loader(
             readers[name] = SampleReader(data, config.data[name], train=True, needs=needs[name], seed=config.seed)
         except UserError as e:
             raise UserError(f"data.{name}: {e}") from None
+        images = batch_size // (config.train.accumulate * world_size)
+        check_batch(images, readers[name].largest(), f"train.batch_size or data.{name}.image_size")
         landscape = data.sizes[:, 1] >= data.sizes[:, 0] if config.data[name].aspect_grouping else None
         orders[name] = SampleOrder(
             len(data), batch_size, seed=hash_seed(config.seed, *name.encode()), landscape=landscape
@@ -182,7 +185,9 @@ def eval_loader(
     height, width = annotations.sizes.T
     order = np.lexsort((np.arange(len(annotations)), width, height, width >= height)).tolist()
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world_size]
-    return _loader(EvalDataset(SampleReader(annotations, source, train=False), "eval"), groups, workers, pin=True)
+    reader = SampleReader(annotations, source, train=False)
+    check_batch(max(map(len, groups), default=0), reader.largest(), "eval.batch_size or data.<name>.image_size")
+    return _loader(EvalDataset(reader, "eval"), groups, workers, pin=True)
 
 
 def _loader(dataset: Dataset, batches: Any, workers: int, *, pin: bool) -> BatchLoader:

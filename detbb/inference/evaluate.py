@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -14,11 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from detbb.checkpoint.content import add_inherited_heads, open_checkpoint, restore_detector
+from detbb.checkpoint.content import add_inherited_heads, open_checkpoint, restore_detector, stored_config
 from detbb.config.loading import config_to_dict
 from detbb.config.schema import Config
+from detbb.core.console import warn
 from detbb.core.errors import UserError, unknown_name
 from detbb.core.files import check_folder, write_atomically
+from detbb.core.machine import cores
 from detbb.data.formats import read_split
 from detbb.data.formats.semantic import read_mask
 from detbb.data.images import BadImage, read_image
@@ -35,7 +36,7 @@ from detbb.distributed.collectives import (
 )
 from detbb.distributed.processes import processes
 from detbb.heads.base import Head
-from detbb.heads.loading import config_from_dict, load_config
+from detbb.heads.loading import load_config
 from detbb.metrics.evaluators import CocoEvaluator
 from detbb.report import plots
 from detbb.structures.annotations import Annotations
@@ -126,7 +127,7 @@ class _Branch:
         except BadImage as error:  # the mask that holds the truth
             if not self._skips:
                 raise
-            print(f"WARNING: left out of the evaluation: {error}", file=sys.stderr)
+            warn(f"WARNING: left out of the evaluation: {error}")
             return
         if image_id not in self._shown:
             return
@@ -164,7 +165,7 @@ def _run(
     with closing(iter(loader)) as batches:
         for batch in batches:
             for line in batch.bad_images:
-                print(f"WARNING: evaluated as a black image: {line}", file=sys.stderr)
+                warn(f"WARNING: evaluated as a black image: {line}")
             if stop():
                 return False
             predicted = detector.predict(batch.images.to(device), batch.sizes, heads=[b.name for b in branches])
@@ -234,12 +235,13 @@ def evaluate(
     """
     content = open_checkpoint(checkpoint)
     settings = _settings(content, config, overrides)
+    settings.train.workers = min(settings.train.workers, cores())  # a file does not choose how many processes start
     if unknown := [name for name in heads or () if name not in settings.heads]:
         raise unknown_name("--head", unknown[0], settings.heads)
     if output_dir is not None:
         check_folder(Path(output_dir))
     with processes(settings) as device:
-        data = _read(content, settings, heads, split)
+        data = _read(content, settings, heads, split, may_write=config is not None)
         if settings.eval.weights == "both":
             kinds = ["ema", "model"]
         else:
@@ -259,7 +261,7 @@ def evaluate(
 def _settings(content: dict[str, Any], config: str | Path | None, overrides: Sequence[str]) -> Config:
     """The stored config, or that of a file with the checkpoint's other heads added."""
     if config is None:
-        return config_from_dict(content["config"], origin="the checkpoint's stored config", overrides=overrides)
+        return stored_config(content, overrides=overrides)
     settings = load_config(config, overrides, world_size=1)  # nothing is trained: any batch size will do
     for name in settings.heads:
         if name not in content["classes"]:
@@ -268,8 +270,13 @@ def _settings(content: dict[str, Any], config: str | Path | None, overrides: Seq
     return settings
 
 
-def _read(content: dict[str, Any], settings: Config, heads: Sequence[str] | None, split: str) -> dict[str, Annotations]:
-    """The split of every head to evaluate, with the checkpoint's classes; each source is read once."""
+def _read(
+    content: dict[str, Any], settings: Config, heads: Sequence[str] | None, split: str, *, may_write: bool
+) -> dict[str, Annotations]:
+    """The split of every head to evaluate, with the checkpoint's classes; each source is read once.
+
+    may_write: a set that is generated on first use may be, where the user's own file and not the checkpoint's names it.
+    """
     chosen: dict[str, Annotations] = {}
     with raise_on_all_ranks(rank0_first=True):
         read: dict[tuple[str, tuple[str, ...]], Annotations | None] = {}
@@ -277,7 +284,13 @@ def _read(content: dict[str, Any], settings: Config, heads: Sequence[str] | None
             source = settings.heads[name].data
             classes = ClassList.of(content["classes"][name]).names
             if (source, classes) not in read:
-                read[source, classes] = read_split(settings.data[source], split, source, classes=classes)
+                read[source, classes] = read_split(
+                    settings.data[source],
+                    split,
+                    source,
+                    classes=classes,
+                    may_write=may_write and name not in settings.inherited_heads,
+                )
             annotations = read[source, classes]
             if annotations is not None:
                 chosen[name] = annotations

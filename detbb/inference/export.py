@@ -23,6 +23,7 @@ from detbb.checkpoint.content import opened, restore_detector
 from detbb.config.schema import Config
 from detbb.core.errors import UserError
 from detbb.core.files import check_output, write_atomically
+from detbb.core.machine import check_batch
 from detbb.data.images import BadImage, list_images, read_image
 from detbb.detector import Detector
 from detbb.structures.batch import BATCH_STRIDE, ImageSize, round_up
@@ -183,7 +184,8 @@ def check_images(config: Config, size: tuple[int, int]) -> list[Tensor]:
 def _checked_size(config: Config, heads: Sequence[str], size: tuple[int, int] | None) -> tuple[int, int]:
     if size is None:
         short, longest = config.data[config.heads[heads[0]].data].image_size
-        return round_up(short), round_up(longest)
+        size = round_up(short), round_up(longest)
+    check_batch(1, size, "--size or data.<name>.image_size")
     if any(s < BATCH_STRIDE or s % BATCH_STRIDE for s in size):
         raise UserError(f"--size: {size[0]} {size[1]}; valid are multiples of {BATCH_STRIDE}")
     return size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import torch
 
 from detbb.checkpoint.content import opened, restore_detector
 from detbb.config.schema import DataConfig
+from detbb.core.console import warn
 from detbb.core.errors import UserError
 from detbb.core.files import check_folder
+from detbb.core.machine import check_batch
 from detbb.data.images import BadImage, list_images, read_image
 from detbb.data.transforms import Sample, Transform, resize
 from detbb.detector import Detector
@@ -63,7 +64,7 @@ def predict(
             try:
                 image = read_image(path, source.max_pixels)
             except BadImage as error:
-                print(f"skipped: {error}", file=sys.stderr)
+                warn(f"skipped: {error}")
                 continue
             said = predict_image(detector, image, source, heads=names)
             said = {name: above(p, least[name]) for name, p in said.items()}
@@ -90,6 +91,7 @@ def predict_image(
     """What the heads say about one (H, W, 3) uint8 RGB image, in its pixels, on the CPU; resized as `source` says."""
     height, width = image.shape[:2]
     hw = Transform(source, train=False).size((height, width), 0)
+    check_batch(1, hw, "data.<name>.image_size")
     resized = resize(Sample(image, np.zeros((0, 4)), np.zeros(0, np.int64)), hw).image
     batch = collate([torch.from_numpy(resized).permute(2, 0, 1)], [], "")
     device = next(detector.parameters()).device
@@ -119,9 +121,7 @@ def find_images(inputs: Sequence[str | Path], output_dir: Path | None) -> Iterat
             raise UserError(f"--output-dir: {output_dir} is an input, too, and {why}; name another folder")
         names, unread = list_images(item)
         for name in unread:
-            print(
-                f"skipped: {item / name}: is in a format that is not read; convert it to JPEG or PNG", file=sys.stderr
-            )
+            warn(f"skipped: {item / name}: is in a format that is not read; convert it to JPEG or PNG")
         for name in names:
             if made is None or not (item / name).resolve().is_relative_to(made):
                 yield item / name, Path(name)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from detbb.core.console import show
+from detbb.core.errors import printable
 
 MANY = 100  # classes; of more, only the best and worst are shown
 _SHOWN = 10  # of each
@@ -54,7 +55,7 @@ def summary_table(metrics: Mapping[str, float], *, title: str = "") -> list[Numb
         head, *kind, metric = name.split("/", 2)
         measure, dash, of_class = metric.partition("-")
         if dash:
-            classes.setdefault(f"{head} · {of_class}", {})["/".join([*kind, measure])] = value
+            classes.setdefault(f"{head} · {printable(of_class)}", {})["/".join([*kind, measure])] = value
         else:
             whole.setdefault("/".join([head, *kind]), {})[metric] = value
     tables = [("metrics", "branch", whole)]

@@ -958,6 +958,10 @@ def _cut_safetensors(f: Files) -> Path:
     return f.bytes(data[: len(data) // 2], "x.safetensors")
 
 
+def _stored(path: str, value: Any) -> Callable[[Files], Path]:
+    return lambda f: f.with_(f"config/{path}", value)
+
+
 @dataclass(frozen=True)
 class FileFault:
     """A file that is refused as `checkpoint` or `weights`."""
@@ -969,6 +973,8 @@ class FileFault:
 
 
 CODE = "holds objects other than tensors"
+MISFIT = "do not fit its own config"
+MOST = "at most .* valid in a file"
 FILE_FAULTS = [
     FileFault("file missing", "checkpoint", "no such file", lambda f: f.folder / "none.pt"),
     FileFault("a folder", "checkpoint", "not a regular file", lambda f: f.folder),
@@ -1074,9 +1080,20 @@ FILE_FAULTS = [
     FileFault(
         "tensors of another network",
         "checkpoint",
-        "do not fit its own config",
+        MISFIT,
         lambda f: f.with_("model/backbone.x.weight", torch.zeros(2)),
     ),
+    FileFault("config of 2,000 convolutions", "checkpoint", MISFIT, _stored("heads/shapes/num_convs", 2_000)),
+    FileFault("config of ten million layers", "checkpoint", "far more than", _stored("heads/shapes/num_convs", 10**7)),
+    FileFault("config of a layer of 400 TB", "checkpoint", MISFIT, _stored("neck/channels", 10**7)),
+    FileFault("config of a layer beyond 64 bits", "checkpoint", MISFIT, _stored("neck/channels", 10**12)),
+    FileFault(
+        "config of images a million wide", "checkpoint", "at most", _stored("data/shapes/image_size", [1, 10**6])
+    ),
+    FileFault("config of a million images a batch", "checkpoint", MOST, _stored("eval/batch_size", 10**6)),
+    FileFault("config of a number beyond 64 bits", "checkpoint", "64 bits", _stored("train/steps", 10**400)),
+    FileFault("config of a list of 200,000", "checkpoint", "entries", _stored("freeze", ["neck"] * 200_000)),
+    FileFault("config of a text of a million", "checkpoint", "characters", _stored("output_dir", "x" * 10**6)),
     FileFault("pickle that runs a command", "weights", CODE, lambda f: f.pickle(Evil(f.sentinel), "x.pkl")),
     FileFault(
         "pickle of NumPy arrays that runs a command",
@@ -1116,6 +1133,55 @@ FILE_FAULTS = [
 ]
 
 
+@dataclass(frozen=True)
+class StoredWish:
+    """What a checkpoint's author may write into its configuration, and what evaluating it does about it.
+
+    values: by path; `AUTHOR` stands for a folder that is not there, and never will be.
+    """
+
+    title: str
+    outcome: str
+    values: dict[str, Any]
+    says: str | None = None  # the error's text; None: it is evaluated as if nothing were
+
+
+AUTHOR = "AUTHOR"
+ENDLESS = {"images": "/dev", "annotations": "/dev/zero"}
+STORED_WISHES = [
+    StoredWish(
+        "generated data at a path of the author's",
+        "refused",
+        {"data/shapes/val/images": AUTHOR},
+        "where a checkpoint says",
+    ),
+    StoredWish(
+        "a thousand million images to generate", "refused", {"data/shapes/val/size": 10**9}, "where a checkpoint says"
+    ),
+    StoredWish("a run folder of the author's", "not used", {"output_dir": AUTHOR}),
+    StoredWish(
+        "a feature cache at a path of the author's",
+        "not used",
+        {"train/cache_features": "disk", "train/cache_dir": AUTHOR, "freeze": ["backbone"]},
+    ),
+    StoredWish("150 worker processes", "as many as there are cores", {"train/workers": 150}),
+    StoredWish("weights to download", "not used", {"backbone/weights": "imagenet"}),
+    StoredWish("a file to start from", "not used", {"init_from": AUTHOR}),
+    StoredWish("log writers of a module", "not used", {"log/to": ["antigravity:x"]}),
+    StoredWish("a head of a module", "refused", {"heads/shapes/type": "antigravity:x"}, "what code runs"),
+    StoredWish("a data format of a module", "refused", {"data/shapes/format": "antigravity:x"}, "what code runs"),
+    StoredWish("an environment variable", "refused", {"data/shapes/val/images": "${oc.env:HOME}"}, "not resolved"),
+    StoredWish("a network address", "refused", {"data/shapes/val/images": "http://127.0.0.1:9/"}, "is not there"),
+    StoredWish(
+        "annotations that never end",
+        "refused",
+        {"data/shapes": {"format": "coco", "train": ENDLESS, "val": ENDLESS}},
+        "not a regular file",
+    ),
+    StoredWish("names that steer the terminal", "shown as \\x1b", {"data/shapes/val/images": "\x1b[2J"}, r"\\x1b\[2J"),
+]
+
+
 def tables() -> str:
     """The tables of docs/reliability.md."""
     data = ["| planted in the data | outcome |", "|---|---|"]
@@ -1123,9 +1189,11 @@ def tables() -> str:
     files = ["| read as | planted in the file; always refused, nothing executed |", "|---|---|"]
     for kind in ("checkpoint", "weights"):
         files.append(f"| {kind} | {'; '.join(fault.title for fault in FILE_FAULTS if fault.kind == kind)} |")
-    return "\n".join(
-        [f"{len(DATA_FAULTS)} faults of data:", "", *data, "", f"{len(FILE_FAULTS)} of files:", "", *files, ""]
-    )
+    wishes = ["| stored in a checkpoint that is evaluated | outcome |", "|---|---|"]
+    wishes += [f"| {wish.title} | {wish.outcome} |" for wish in STORED_WISHES]
+    parts = [f"{len(DATA_FAULTS)} faults of data:", "", *data, "", f"{len(FILE_FAULTS)} of files:", "", *files, ""]
+    parts += [f"{len(STORED_WISHES)} wishes of a stranger's configuration:", "", *wishes, ""]
+    return "\n".join(parts)
 
 
 def document(text: str) -> str:

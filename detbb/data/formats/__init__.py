@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from detbb.config.schema import DataConfig, SplitConfig
@@ -25,7 +26,7 @@ def _coco(r: Request) -> Annotations:
 
 def _shapes(r: Request) -> Annotations:
     config = r.source.train if r.split == "train" else r.source.val
-    folder = generate_shapes(r.images, r.split, config.size if config is not None else None)
+    folder = generate_shapes(r.images, r.split, config.size if config is not None else None, may_write=r.may_write)
     return read_coco(folder / "images", folder / "annotations.json", classes=r.classes, exact=r.exact)
 
 
@@ -66,13 +67,19 @@ def known_format(name: str) -> Format:
 
 
 def read_split(
-    source: DataConfig, split: str, name: str, *, classes: Sequence[str] | None = None, strict: bool = True
+    source: DataConfig,
+    split: str,
+    name: str,
+    *,
+    classes: Sequence[str] | None = None,
+    strict: bool = True,
+    may_write: bool = True,
 ) -> Annotations | None:
     """The annotations of `data.<name>.<split>`, or None if that split is not configured.
 
     `classes`: the labels to use, in order, such as a checkpoint's; `val` otherwise takes those of `train`. A file whose
     classes differ from them is an error. Not `strict`: faults that are refused are in `faults` beside those repaired,
-    and what has them is left out.
+    and what has them is left out. Not `may_write`: a set that is generated on first use must be there.
     """
     data_format = find_format(source.format)
     config = {"train": source.train, "val": source.val}.get(split)
@@ -83,7 +90,8 @@ def read_split(
         classes = train.classes if train is not None else None
     place = f"data.{name}.{split}"
     try:
-        annotations = data_format.read(_request(source, split, classes, place, strict=strict))
+        request = _request(source, split, classes, place, strict=strict)
+        annotations = data_format.read(replace(request, may_write=may_write))
         if strict and classes is not None and annotations.classes != tuple(classes):
             raise UserError(f"classes {list(annotations.classes)} are not those wanted: {list(classes)}")
     except UserError as e:

@@ -27,6 +27,7 @@ class Request:
     faults: Faults
     classes: tuple[str, ...] | None = None  # to use, in the order of the labels; None: all that are found
     exact: bool = False  # objects of other classes are refused, not left out
+    may_write: bool = True  # whether what is generated may be
 
     @property
     def may_lack(self) -> bool:

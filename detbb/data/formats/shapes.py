@@ -22,15 +22,20 @@ _IMAGE_HW = ((128, 128), (128, 128), (128, 112), (112, 128))
 _MIN_VISIBLE = 0.6  # of a shape; objects that are hidden further are not drawn
 
 
-def generate_shapes(root: Path, split: str, size: int | None = None) -> Path:
+def generate_shapes(root: Path, split: str, size: int | None = None, *, may_write: bool = True) -> Path:
     """The folder of one split, made on first use: `root/<split>_<size>/`.
 
     It holds `images/` (PNG), `annotations.json` (COCO boxes, masks, keypoints), `masks/` (class-index PNG) and
     `classes.json`, so that the formats `coco` and `semantic` read it too. The same split and size give the same bytes.
-    It appears whole or not at all, also when several processes make it at once.
+    It appears whole or not at all, also when several processes make it at once. Raises: UserError: it is not there and
+    must not be made (not `may_write`); something else is.
     """
     count = SIZES[split] if size is None else size
     folder = root / f"{split}_{count}"
+    if not folder.exists() and not may_write:
+        raise UserError(
+            f"{folder} is not there, and no data is generated where a checkpoint says; give a file with --config"
+        )
     make_folder(folder, lambda unfinished: _write(unfinished, split, count))
     _check_version(folder)
     return folder

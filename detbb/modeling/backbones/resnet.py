@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from detbb.core.errors import unknown_name
+from detbb.core.errors import printable, unknown_name
 from detbb.distributed.collectives import rank
 from detbb.modeling.backbones.base import Backbone, NormLayer
 from detbb.modeling.weights import load_backbone_weights
@@ -68,7 +68,7 @@ def build_resnet(
     if weights is not None:
         coverage = load_backbone_weights(backbone, weights)
         if rank() == 0:
-            print(coverage.table())
+            print(printable(coverage.table()))
     return backbone
 
 
