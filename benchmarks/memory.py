@@ -44,7 +44,7 @@ def peak(way: str, head: str, options: Any) -> float:
         step = train_step.reference_step(model, batch)
     else:
         model = train_step.reference(options.arch, head, trainable=0, size=options.size)
-        made = train_step.learner(options.arch, head, ["backbone"], model)
+        made = train_step.make_state(options.arch, head, ["backbone"], model)
         del model
         if way == "detbb, cache":
             prefix = made.prefix

@@ -63,19 +63,19 @@ def make_state(arch: str, frozen: list[str], device: torch.device) -> TrainState
     config.heads = {"objects": find_head("fcos").Config(type="fcos", data="made")}
     torch.manual_seed(0)
     detector = build_detector(config, {"objects": CLASSES}).freeze(frozen).train().to(device)
-    learner = TrainState(detector, None, config.train, device, torch.amp.GradScaler(device.type, enabled=False))
-    learner.optimizer = optim.build_optimizer(detector, config.optimizer)
-    learner.model = wrap(detector)
-    return learner
+    state = TrainState(detector, None, config.train, device, torch.amp.GradScaler(device.type, enabled=False))
+    state.optimizer = optim.build_optimizer(detector, config.optimizer)
+    state.model = wrap(detector)
+    return state
 
 
 @contextmanager
-def silence(learner: TrainState) -> Iterator[None]:
+def silence(state: TrainState) -> Iterator[None]:
     """Each process computes its share of a step as if it were alone."""
-    wrapped, learner.model = learner.model, learner.detector
+    wrapped, state.model = state.model, state.detector
     with mock.patch("detbb.distributed.collectives.is_distributed", lambda: False):  # `world_size` asks it
         yield
-    learner.model = wrapped
+    state.model = wrapped
 
 
 def measure(rank: int, processes: int, options: argparse.Namespace, folder: str) -> None:
@@ -88,21 +88,19 @@ def measure(rank: int, processes: int, options: argparse.Namespace, folder: str)
     share = options.images // processes
     batch = made_batch(options.size, slice(rank * share, (rank + 1) * share))
 
-    def seconds(learner: TrainState, how: AbstractContextManager[None]) -> float:
+    def seconds(state: TrainState, how: AbstractContextManager[None]) -> float:
         if processes > 1:
             dist.barrier()
         with how:
             began = time.perf_counter()
-            train_step(learner, [batch], lr=1e-5, stop=lambda: 0, folder=Path(folder), step=0)
+            train_step(state, [batch], lr=1e-5, stop=lambda: 0, folder=Path(folder), step=0)
             return time.perf_counter() - began
 
     found = {}
     for case, frozen in CASES.items():
-        learner = make_state(options.arch, frozen, device)
-        turns = [
-            (seconds(learner, nullcontext()), seconds(learner, silence(learner))) for _ in range(2 + options.repeats)
-        ]
-        trained = sum(p.numel() for p in learner.detector.parameters() if p.requires_grad)
+        state = make_state(options.arch, frozen, device)
+        turns = [(seconds(state, nullcontext()), seconds(state, silence(state))) for _ in range(2 + options.repeats)]
+        trained = sum(p.numel() for p in state.detector.parameters() if p.requires_grad)
         found[case] = {"step_s": [a for a, _ in turns[2:]], "silent_s": [b for _, b in turns[2:]], "trained": trained}
     Path(folder, f"{processes}-{rank}.json").write_text(json.dumps(found))
     if processes > 1:

@@ -94,17 +94,17 @@ def kills_inside_saves(root: Path, images: Path, kills: int) -> dict[str, Any]:
 def measure() -> None:
     """Let this process note its memory and open files at every 50th step."""
     training = import_module("detbb.training.loop")
-    after_step = training.after_step
+    log_step = training.log_step
 
     def measured(run: Any, *args: Any, **kwargs: Any) -> None:
-        after_step(run, *args, **kwargs)
+        log_step(run, *args, **kwargs)
         if run.step % 50 == 0:
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             line = {"step": run.step, "resident": resident, "files": len(os.listdir("/proc/self/fd"))}
             with (run.folder.parent / "measured.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    training.after_step = measured
+    training.log_step = measured
 
 
 def long_run(root: Path, images: Path, steps: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ HEADS: dict[str, dict[str, Any]] = {"semantic": {}, "classify": {"multi_label": 
 
 
 class Setting:
-    """One head on generated images: a config, its data, and a fresh learner."""
+    """One head on generated images: a config, its data, and a fresh training state."""
 
     def __init__(self, head: str, options: Any, folder: Path) -> None:
         self.head, self.batch = head, options.batch
@@ -63,7 +63,7 @@ class Setting:
         self.data: Annotations = found
         self.steps = len(self.data) // options.batch
 
-    def learner(self) -> TrainState:
+    def make_state(self) -> TrainState:
         torch.manual_seed(0)
         detector = build_detector(self.config, {"it": self.data.classes}).freeze(["backbone", "neck"]).train()
         scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -73,7 +73,7 @@ class Setting:
         return made
 
     def with_cache(self, made: TrainState) -> FeatureCache:
-        """An empty cache in memory before the learner's prefix."""
+        """An empty cache in memory before the state's prefix."""
         data = {"made": self.data}
         cache, _ = cache_setup.with_cache(made.prefix, self.config, made.detector, data=data, steps=1000 * self.steps)
         assert isinstance(cache, FeatureCache)
@@ -105,7 +105,7 @@ class Setting:
         resnet = torchvision.models.get_model(self.config.backbone.arch, norm_layer=torchvision.ops.FrozenBatchNorm2d)
         extra = LastLevelP6P7(256, 256)
         body = _resnet_fpn_extractor(resnet, 0, returned_layers=[2, 3, 4], extra_blocks=extra).requires_grad_(False)
-        head = self.learner().detector.head("it").to(memory_format=torch.contiguous_format)
+        head = self.make_state().detector.head("it").to(memory_format=torch.contiguous_format)
         optimizer = torch.optim.SGD(head.parameters(), 1e-4, 0.9, weight_decay=1e-4)
         normalize = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         number = iter(range(10**6))
@@ -125,7 +125,7 @@ class Setting:
 
     def floor(self) -> Callable[[], None]:
         """Steps on batches whose features are in memory already."""
-        made = self.learner()
+        made = self.make_state()
         given = [made.prefix(batch.to(torch.device("cpu"))) for batch in self.batches(0, None)]
         optimizer, head = made.optimizer, made.detector.head("it")
 
@@ -143,7 +143,7 @@ def compare(head: str, options: Any, folder: Path) -> list[dict[str, Any]]:
     setting = Setting(head, options, folder)
     measure = {"repeats": options.repeats, "warm_up": 1, "cpu_time": options.cpu_time}
     name = f"{options.arch} {head}"
-    made = setting.learner()
+    made = setting.make_state()
     cache, prefix, epoch = setting.with_cache(made), made.prefix, setting.epochs(made)
     plan = cache.stores["made"].plan
 

@@ -84,7 +84,7 @@ def reference_step(model: nn.Module, batch: Batch) -> Callable[[], dict[str, flo
     return step
 
 
-def learner(arch: str, head: str, freeze: list[str], peer: nn.Module) -> TrainState:
+def make_state(arch: str, head: str, freeze: list[str], peer: nn.Module) -> TrainState:
     """detbb's detector with the peer's weights, as a training phase starts it; no average, as in the peer."""
     config = Config()
     config.backbone.arch = arch
@@ -152,7 +152,7 @@ def compare(arch: str, head: str, options: Any) -> tuple[list[dict[str, Any]], d
     batch = made_batch(options.size, options.batch)
     for case, freeze in CASES.items():
         peer = reference(arch, head, trainable=TRAINABLE_LAYERS[case], size=options.size)
-        made = learner(arch, head, freeze, peer)
+        made = make_state(arch, head, freeze, peer)
         theirs, ours = reference_step(peer, batch), step_of(made, batch)
         a, b = sum(theirs().values()), float(sum(ours().values()))
         assert abs(a - b) < 1e-2 * abs(a), f"not the same computation: losses {a} and {b}"

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from detbb.config.schema import Config
 from detbb.core.errors import UserError
 from detbb.data.formats import read_split
-from detbb.distributed.collectives import world_size
 from detbb.freeze import Freezable, NormRule, freeze, rest_all, trained_names
 from detbb.heads import find_head
 from detbb.heads.base import Head, HeadSpec
@@ -47,9 +46,6 @@ class Detector(Freezable):
         self.sources: dict[str, str] = {}  # head -> the data it learns from
         self.loss_weights: dict[str, float] = {}
         self.compiled: Callable[[PrecomputedFeatures], dict[str, Tensor]] | None = None  # `resume`, for training steps
-        self.used_parameters: list[
-            bool
-        ] = []  # which of `trainable_parameters()` the last batch's losses depend on, on several processes
 
     def head(self, name: str) -> Head:
         """The branch `name`."""
@@ -93,13 +89,6 @@ class Detector(Freezable):
             head = self.head(name)
             for loss, value in head.loss(head(features, batch.sizes), batch).items():
                 losses[f"{name}/{loss}"] = value * self.loss_weights.get(name, 1.0)
-        if world_size() > 1 and self.training:
-            trained, used = self.trainable_parameters(), _used_parameters(losses.values())
-            self.used_parameters = [id(p) in used for p in trained]
-            absent = [p.flatten()[0] for p, there in zip(trained, self.used_parameters, strict=True) if not there]
-            if absent:  # DDP waits for every parameter, so these join with a gradient of zero
-                first = next(iter(losses))
-                losses[first] = losses[first] + torch.stack(absent).sum() * 0
         return losses
 
     def active_heads(self, source: str | None = None, *, frozen: Sequence[str] | None = None) -> list[str]:
@@ -212,19 +201,3 @@ def _norm_rules(config: Config, detector: Detector) -> tuple[NormRule, ...]:
         for part in getattr(detector.heads[name], "backbone_parts", ()):  # a C4 head's layer4 follows the backbone
             rules.append(NormRule(f"heads.{name}.{part}", backbone.norm_eval, not backbone.norm_affine))
     return tuple(rules)
-
-
-def _used_parameters(losses: Any) -> set[int]:
-    """ids of the parameters that the autograd graph of `losses` ends in."""
-    used: set[int] = set()
-    seen = set()
-    todo = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (variable := getattr(node, "variable", None)) is not None:
-            used.add(id(variable))
-        todo += [after for after, _ in node.next_functions]
-    return used

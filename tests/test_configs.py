@@ -15,7 +15,7 @@ from detbb.config.phases import plan_phases
 from detbb.detector import build_detector
 from detbb.freeze import frozen_names
 from detbb.heads.loading import load_config
-from detbb.training.setup import refuse_random
+from detbb.training.start import refuse_random
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = sorted(p for folder in ("configs", "examples") for p in (REPOSITORY / folder).rglob("*.yaml"))

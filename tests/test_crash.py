@@ -123,10 +123,10 @@ def overflow() -> None:
     step = import_module("detbb.training.step")
     update, calls = step._update, itertools.count(1)
 
-    def overflown(learner, *args):
-        update(learner, *args)
+    def overflown(state, *args):
+        update(state, *args)
         if next(calls) == 3:
-            learner.detector.backbone.conv1.weight.data[0] = float("inf")
+            state.detector.backbone.conv1.weight.data[0] = float("inf")
 
     step._update = overflown
 

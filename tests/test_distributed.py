@@ -25,14 +25,15 @@ from detbb.core.errors import ProcessLost, UserError
 from detbb.core.folder_lock import FolderLock
 from detbb.data.formats import read_split
 from detbb.data.loader import train_loader
-from detbb.detector import Detector, build_detector
+from detbb.detector import build_detector
 from detbb.distributed.collectives import all_gather_objects, raise_on_all_ranks, rank, world_size
 from detbb.distributed.lost_process import Members, is_lost_process
 from detbb.distributed.processes import processes
 from detbb.freeze import digest
 from detbb.heads.fcos import FcosConfig, FcosHead
 from detbb.heads.loading import load_config
-from detbb.training import optim
+from detbb.training import optim, start
+from detbb.training import step as step_module
 from detbb.training.loop import train
 from detbb.training.signals import StopSignals
 from detbb.training.step import TrainState, read_losses, train_step
@@ -85,16 +86,16 @@ def learn_case(folder: Path, case: str, precision: str, steps: int) -> tuple[lis
     config = case_config(folder, case, f"train.precision={precision}")
     data = {"shapes": read_split(config.data["shapes"], "train", "shapes")}
     torch.manual_seed(config.seed)
-    learner = make_state(config, build_detector(config, {"objects": data["shapes"].classes}), [])
+    state = make_state(config, build_detector(config, {"objects": data["shapes"].classes}), [])
     needs = {"shapes": frozenset[str]()}
     share = {"rank": rank(), "world_size": world_size()}
     images, losses = [], []
     for step, batch in enumerate(train_loader(data, config, needs=needs, start_step=0, end_step=steps, **share)):
         pairs = zip(batch.targets, batch.images, strict=True)
         images.append([(t.image_id, digest(image), digest(t.boxes), t.seed) for t, image in pairs])
-        losses.append(read_losses(train_step(learner, [batch], lr=0.005, stop=lambda: 0, folder=folder, step=step)))
-    gradients = {n: p.grad for n, p in learner.detector.named_parameters() if p.grad is not None}
-    return images, losses, {"gradients": gradients, "weights": learner.detector.state_dict()}
+        losses.append(read_losses(train_step(state, [batch], lr=0.005, stop=lambda: 0, folder=folder, step=step)))
+    gradients = {n: p.grad for n, p in state.detector.named_parameters() if p.grad is not None}
+    return images, losses, {"gradients": gradients, "weights": state.detector.state_dict()}
 
 
 def alone(folder: Path, case: str) -> tuple[list[Any], list[dict[str, float]], list[dict[str, float]]]:
@@ -200,39 +201,37 @@ log: {{every: 1, images: 0}}
 """
 
 
-def everything(learner: TrainState) -> dict[str, str]:
-    state = dict(learner.detector.state_dict())
-    state |= {f"momentum {n}": s["momentum_buffer"] for n, s in optim.state_by_name(learner.optimizer).items()}
-    assert learner.ema is not None
-    return {n: digest(t) for n, t in (state | {f"ema {n}": t for n, t in learner.ema.tensors.items()}).items()}
+def everything(state: TrainState) -> dict[str, str]:
+    tensors = dict(state.detector.state_dict())
+    tensors |= {f"momentum {n}": s["momentum_buffer"] for n, s in optim.state_by_name(state.optimizer).items()}
+    assert state.ema is not None
+    return {n: digest(t) for n, t in (tensors | {f"ema {n}": t for n, t in state.ema.tensors.items()}).items()}
 
 
 def branches(file: str, out: str, mutant: bool) -> list[tuple[str, dict[str, str], dict[str, str]]]:
     """Of each step on this rank: its source, and the digest of every tensor before and after it."""
     seen = []
-    forward = Detector.forward
+    with_all = step_module._with_all
 
-    def step(learner: TrainState, batches: list[Any], **arguments: Any) -> Any:
+    def step(state: TrainState, batches: list[Any], **arguments: Any) -> Any:
         if arguments["step"] in (0, 2, 8) and rank() == 1:
             for target in batches[0].targets:
                 target.boxes, target.labels = target.boxes[:0], target.labels[:0]
-        before = everything(learner)
-        outcome = train_step(learner, batches, **arguments)
-        seen.append((batches[0].source, before, everything(learner)))
+        before = everything(state)
+        outcome = train_step(state, batches, **arguments)
+        seen.append((batches[0].source, before, everything(state)))
         return outcome
 
-    def reach_all(self: Detector, batch: Any) -> Any:
-        losses = forward(self, batch)
-        self.used_parameters = [True] * len(self.used_parameters)
-        return losses
+    def uses_all(total: torch.Tensor, trained: list[Any]) -> Any:
+        return with_all(total, trained)[0], [True] * len(trained)
 
     training.train_step = step
     if mutant:
-        Detector.forward = reach_all  # type: ignore[method-assign]
+        step_module._with_all = uses_all
     try:
         train(load_config(file, [f"output_dir={out}", *(["train.steps=7"] if mutant else [])]))
     finally:
-        training.train_step, Detector.forward = train_step, forward  # type: ignore[method-assign]
+        training.train_step, step_module._with_all = train_step, with_all
     return seen
 
 
@@ -301,9 +300,9 @@ def decide() -> dict[str, str]:
     first, second = all_gather_objects(began)
     found["good"] = str(second - first >= 0.2)
     for step in (world_size(), rank()):  # the same everywhere, and not
-        training.resuming._find_start = lambda *_, step=step: training.resuming.ResumePoint(None, [], step)
+        start._find_start = lambda *_, step=step: start.ResumePoint(step=step)
         try:
-            training.resuming.open_run_folder(Config(), None, FolderLock())
+            start.find_start(Config(), None, FolderLock())
         except UserError as error:
             found[f"start {step}"] = str(error)
     return found

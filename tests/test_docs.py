@@ -17,7 +17,7 @@ from detbb.data.formats import FORMATS, read_split
 from detbb.heads import HEADS
 from detbb.heads.loading import load_config
 from detbb.structures.predictions import Predictions
-from detbb.training.setup import repairs
+from detbb.training.start import repairs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))

@@ -19,7 +19,7 @@ from detbb.data.doctor import image_files
 from detbb.data.doctor.examine import examine
 from detbb.data.doctor.repair import check
 from detbb.training.loop import train
-from detbb.training.setup import read_sources
+from detbb.training.start import read_sources
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

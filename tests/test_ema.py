@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from learning import bits_differ, copy_state, learn, make_state, small_config, small_detector, switch
+from learning import bits_differ, copy_state, learn, make_state, small_config, small_detector
 from torch import nn
 
 from detbb.config.schema import EmaConfig
@@ -20,16 +20,16 @@ STEM = ["backbone.stem", "backbone.layer1"]
 def test_the_average_equals_a_float64_loop_over_the_weights_of_each_step():
     config = small_config()
     config.ema = EmaConfig(decay=0.97, warmup_steps=10)
-    learner = make_state(config, small_detector(config), STEM)
-    wide = {n: learner.detector.state_dict()[n].double() for n in learner.ema.tensors}
+    state = make_state(config, small_detector(config), STEM)
+    wide = {n: state.detector.state_dict()[n].double() for n in state.ema.tensors}
     for step in range(60):
-        learn(learner, 1, first=step)
+        learn(state, 1, first=step)
         d = 0.97 * (1 - math.exp(-(step + 1) / 10))
-        state = learner.detector.state_dict()
-        wide = {n: d * e + (1 - d) * state[n].double() for n, e in wide.items()}
+        now = state.detector.state_dict()
+        wide = {n: d * e + (1 - d) * now[n].double() for n, e in wide.items()}
     assert any(n.endswith("running_mean") for n in wide) and not any(n.endswith("num_batches_tracked") for n in wide)
     for name, e in wide.items():
-        error = (learner.ema.tensors[name].double() - e).norm() / e.norm().clamp(min=1e-12)
+        error = (state.ema.tensors[name].double() - e).norm() / e.norm().clamp(min=1e-12)
         assert error <= 1e-6, (name, float(error))
 
 
@@ -61,32 +61,32 @@ def test_mutant_multiply_add_drifts_where_lerp_does_not():
 def test_newly_frozen_takes_the_live_value_and_newly_trained_starts_from_its_own():
     config = small_config()
     config.ema = EmaConfig(decay=0.99, warmup_steps=0)
-    learner = make_state(config, small_detector(config), STEM)
-    learn(learner, 5)
-    live = copy_state(learner.detector)
-    assert not torch.equal(learner.ema.tensors["neck.inner.layer2.0.weight"], live["neck.inner.layer2.0.weight"])
-    switch(learner, config, ["neck"])
-    assert learner.ema.updates == 5
-    averaged = view(learner.detector, learner.ema.tensors).state_dict()
+    state = make_state(config, small_detector(config), STEM)
+    learn(state, 5)
+    live = copy_state(state.detector)
+    assert not torch.equal(state.ema.tensors["neck.inner.layer2.0.weight"], live["neck.inner.layer2.0.weight"])
+    state.freeze(["neck"], config.optimizer)
+    assert state.ema.updates == 5
+    averaged = view(state.detector, state.ema.tensors).state_dict()
     assert all(torch.equal(averaged[n], live[n]) for n in live if n.startswith("neck."))
-    assert torch.equal(learner.ema.tensors["backbone.conv1.weight"], live["backbone.conv1.weight"])
-    learn(learner, 1, first=5)
-    assert learner.ema.updates == 6
-    assert not torch.equal(learner.ema.tensors["backbone.conv1.weight"], learner.detector.backbone.conv1.weight)
+    assert torch.equal(state.ema.tensors["backbone.conv1.weight"], live["backbone.conv1.weight"])
+    learn(state, 1, first=5)
+    assert state.ema.updates == 6
+    assert not torch.equal(state.ema.tensors["backbone.conv1.weight"], state.detector.backbone.conv1.weight)
 
 
 def test_a_skipped_step_is_not_an_update(tmp_path):
     config = small_config()
     config.train.on_nonfinite = "skip"
     config.ema = EmaConfig(decay=0.9, warmup_steps=0)
-    learner = make_state(config, small_detector(config), [])
-    learn(learner, 1)
-    before, averaged = copy_state(learner.detector), {n: t.clone() for n, t in learner.ema.tensors.items()}
-    weight = learner.detector.heads["objects"].loss
-    learner.detector.heads["objects"].loss = lambda *a: {k: v * float("nan") for k, v in weight(*a).items()}
-    learn(learner, 1, first=1, folder=tmp_path)
-    assert learner.ema.updates == 1 and not bits_differ(before, copy_state(learner.detector))
-    assert not bits_differ(averaged, learner.ema.tensors)
+    state = make_state(config, small_detector(config), [])
+    learn(state, 1)
+    before, averaged = copy_state(state.detector), {n: t.clone() for n, t in state.ema.tensors.items()}
+    weight = state.detector.heads["objects"].loss
+    state.detector.heads["objects"].loss = lambda *a: {k: v * float("nan") for k, v in weight(*a).items()}
+    learn(state, 1, first=1, folder=tmp_path)
+    assert state.ema.updates == 1 and not bits_differ(before, copy_state(state.detector))
+    assert not bits_differ(averaged, state.ema.tensors)
 
 
 def test_averages_are_kept_in_fp32_at_least():

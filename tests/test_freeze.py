@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from learning import bits_differ, copy_state, learn, made_batch, make_state, small_config, small_detector, switch
+from learning import bits_differ, copy_state, learn, made_batch, make_state, small_config, small_detector
 from processes import run_ranks
 from torch import nn
 
@@ -62,19 +62,19 @@ def test_frozen_is_bit_exact_after_50_steps_and_the_rest_all_moved(
     config.ema = EmaConfig(decay=decay, warmup_steps=0)
     detector = small_detector(config)
     before = copy_state(detector)
-    learner = make_state(config, detector, frozen)
+    state = make_state(config, detector, frozen)
     for step in range(0, 50, 2):
-        learn(learner, 2, first=step, lr=1e-3)
+        learn(state, 2, first=step, lr=1e-3)
         if evaluate:
             batch = made_batch(0)
-            view(detector, learner.ema.tensors).predict(batch.images, batch.sizes)
+            view(detector, state.ema.tensors).predict(batch.images, batch.sizes)
             view(detector).predict(batch.images, batch.sizes)
     after = copy_state(detector)
     assert bits_differ(before, after) == set(before) - expected_frozen(detector, frozen)
-    assert not set(learner.ema.tensors) & expected_frozen(detector, frozen)
-    optimized = {name for group in learner.optimizer.param_groups for name in group["names"]}
+    assert not set(state.ema.tensors) & expected_frozen(detector, frozen)
+    optimized = {name for group in state.optimizer.param_groups for name in group["names"]}
     assert optimized == {n for n, p in detector.named_parameters()} - expected_frozen(detector, frozen)
-    assert set(optim.state_by_name(learner.optimizer)) <= optimized
+    assert set(optim.state_by_name(state.optimizer)) <= optimized
 
 
 def _two_ranks():
@@ -85,8 +85,8 @@ def _two_ranks():
         config.ema = EmaConfig(decay=0.9, warmup_steps=0)
         detector = small_detector(config)
         before = copy_state(detector)
-        learner = make_state(config, detector, frozen)
-        learn(learner, 50, lr=1e-3)
+        state = make_state(config, detector, frozen)
+        learn(state, 50, lr=1e-3)
         moved[str(frozen)] = bits_differ(before, copy_state(detector))
         finals[str(frozen)] = digests(detector.state_dict())
     return moved, finals
@@ -114,17 +114,17 @@ def test_evaluation_changes_nothing_of_the_run():
     for evaluate in (False, True):
         config = small_config()
         config.ema = EmaConfig(decay=0.9, warmup_steps=0)
-        learner = make_state(config, small_detector(config), STEM)
+        state = make_state(config, small_detector(config), STEM)
         torch.manual_seed(3)
         for step in range(6):
-            learn(learner, 1, first=step)
+            learn(state, 1, first=step)
             if evaluate:
                 random = torch.get_rng_state()
                 batch = made_batch(99)
-                view(learner.detector, learner.ema.tensors).predict(batch.images, batch.sizes)
+                view(state.detector, state.ema.tensors).predict(batch.images, batch.sizes)
                 assert torch.equal(random, torch.get_rng_state())
-                assert learner.detector.training and not learner.detector.backbone.bn1.training
-        finals.append((copy_state(learner.detector), learner.ema.tensors))
+                assert state.detector.training and not state.detector.backbone.bn1.training
+        finals.append((copy_state(state.detector), state.ema.tensors))
     assert not bits_differ(finals[0][0], finals[1][0])
     assert not bits_differ(finals[0][1], finals[1][1])
 
@@ -184,10 +184,10 @@ def test_what_a_user_switched_off_stays_off_until_switched_on():
     for other in (detector, copy.deepcopy(detector), view(detector)):
         other.freeze(["backbone.layer4"]).freeze([])  # freezing what holds it does not make it freeze's own
         assert frozen_names(other) == list(digests(other)) == [name] == frozen_names(other, [])
-    learner = make_state(config, detector, [])
+    state = make_state(config, detector, [])
     before = copy_state(detector)
-    learn(learner, 2)
-    assert bits_differ(before, copy_state(detector)) == set(before) - {name} and name not in learner.ema.tensors
+    learn(state, 2)
+    assert bits_differ(before, copy_state(detector)) == set(before) - {name} and name not in state.ema.tensors
     weight.requires_grad_(True)
     assert frozen_names(detector.freeze(["neck"]).freeze([])) == []
 
@@ -210,16 +210,16 @@ def test_the_two_norm_switches_are_independent(part, statistics, affine):
     config.neck.norm = "bn"
     chosen = {"backbone": config.backbone, "neck": config.neck, "heads.objects": config.heads["objects"]}[part]
     chosen.norm_eval, chosen.norm_affine = statistics, affine
-    learner = make_state(config, small_detector(config), [])
-    before = copy_state(learner.detector)
-    learn(learner, 3, lr=0.3, boxes=6)
-    moved = bits_differ(before, copy_state(learner.detector))
-    norms = {n for n, _ in norm_modules(learner.detector.get_submodule(part))}
+    state = make_state(config, small_detector(config), [])
+    before = copy_state(state.detector)
+    learn(state, 3, lr=0.3, boxes=6)
+    moved = bits_differ(before, copy_state(state.detector))
+    norms = {n for n, _ in norm_modules(state.detector.get_submodule(part))}
     assert norms
     for name in norms:
         assert (f"{part}.{name}.running_mean" in moved) is not statistics
         assert (f"{part}.{name}.weight" in moved) is affine
-    expected = set(before) - set(frozen_names(learner.detector))
+    expected = set(before) - set(frozen_names(state.detector))
     assert any(f"{part}.{name}.weight" in moved for name in norms) is affine
     assert moved <= expected  # random norms elsewhere may meet gradients below half a last place
 
@@ -238,23 +238,23 @@ def test_a_switch_that_changes_nothing_equals_no_switch_to_the_bit():
         config = small_config()
         config.optimizer.type = "adamw"
         config.ema = EmaConfig(decay=0.9, warmup_steps=5)
-        learner = make_state(config, small_detector(config), STEM)
-        learn(learner, 4)
+        state = make_state(config, small_detector(config), STEM)
+        learn(state, 4)
         if switches:
-            switch(learner, config, STEM)
-        learn(learner, 4, first=4)
-        finals.append((copy_state(learner.detector), learner.ema.tensors, learner.ema.updates))
+            state.freeze(STEM, config.optimizer)
+        learn(state, 4, first=4)
+        finals.append((copy_state(state.detector), state.ema.tensors, state.ema.updates))
     assert not bits_differ(finals[0][0], finals[1][0])
     assert not bits_differ(finals[0][1], finals[1][1]) and finals[0][2] == finals[1][2]
 
 
 def test_momentum_is_kept_by_name_through_a_real_switch():
     config = small_config()
-    learner = make_state(config, small_detector(config), ALL_SHARED)
-    learn(learner, 3)
-    kept = {n: s["momentum_buffer"].clone() for n, s in optim.state_by_name(learner.optimizer).items()}
-    switch(learner, config, STEM)
-    now = optim.state_by_name(learner.optimizer)
+    state = make_state(config, small_detector(config), ALL_SHARED)
+    learn(state, 3)
+    kept = {n: s["momentum_buffer"].clone() for n, s in optim.state_by_name(state.optimizer).items()}
+    state.freeze(STEM, config.optimizer)
+    now = optim.state_by_name(state.optimizer)
     assert kept and all(torch.equal(now[n]["momentum_buffer"], kept[n]) for n in kept)
     newly = set(now) - set(kept)
     assert "backbone.layer2.0.conv1.weight" in newly and not any(now[n]["momentum_buffer"].any() for n in newly)
@@ -266,38 +266,38 @@ def test_momentum_is_kept_by_name_through_a_real_switch():
 def changed_after(plant, *, frozen=ALL_SHARED, steps=3):
     config = small_config()
     config.optimizer.weight_decay = 0.1
-    learner = make_state(config, small_detector(config), [])
-    learn(learner, 2)  # momentum and gradients are there when freezing comes
-    switch(learner, config, frozen)
-    known = digests(learner.detector, expected_frozen(learner.detector, frozen))
-    plant(learner, config)
-    learn(learner, steps, first=2)
-    return learner.detector, changed(learner.detector, known)
+    state = make_state(config, small_detector(config), [])
+    learn(state, 2)  # momentum and gradients are there when freezing comes
+    state.freeze(frozen, config.optimizer)
+    known = digests(state.detector, expected_frozen(state.detector, frozen))
+    plant(state, config)
+    learn(state, steps, first=2)
+    return state.detector, changed(state.detector, known)
 
 
 def test_without_a_mutant_nothing_changes():
-    assert changed_after(lambda learner, config: None)[1] == []
+    assert changed_after(lambda state, config: None)[1] == []
 
 
 def test_mutant_bn_train_is_caught_and_named():
-    detector, names = changed_after(lambda learner, _: learner.detector.backbone.layer2[0].bn1.train())
+    detector, names = changed_after(lambda state, _: state.detector.backbone.layer2[0].bn1.train())
     assert {n.rpartition(".")[0] for n in names} == {"backbone.layer2.0.bn1"}
     assert "backbone.layer2.0.bn1 is in train mode" in explain(detector, names)
 
 
 def test_mutant_eval_once_at_the_start_is_caught(monkeypatch):
-    def plant(learner, _):
+    def plant(state, _):
         monkeypatch.setattr(sys.modules[Freezable.__module__], "set_frozen_eval", lambda detector: None)
-        learner.detector.backbone.eval()
-        learner.detector.train()  # as every loop does after an evaluation
+        state.detector.backbone.eval()
+        state.detector.train()  # as every loop does after an evaluation
 
     names = changed_after(plant)[1]
     assert names and all(n.endswith(("running_mean", "running_var", "num_batches_tracked")) for n in names)
 
 
 def test_mutant_decay_on_all_parameters_is_caught():
-    def plant(learner, config):
-        everything = list(learner.detector.parameters())
+    def plant(state, config):
+        everything = list(state.detector.parameters())
         for parameter in everything:
             parameter.grad = torch.zeros_like(parameter)
         torch.optim.AdamW(everything, lr=1e-3, weight_decay=0.1).step()
@@ -308,9 +308,9 @@ def test_mutant_decay_on_all_parameters_is_caught():
 def test_mutant_zeroed_gradients_are_caught():
     """A gradient of zero instead of None: momentum and decay still move what was frozen."""
 
-    def plant(learner, config):
-        optimizer = torch.optim.SGD(learner.detector.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
-        for parameter in learner.detector.parameters():
+    def plant(state, config):
+        optimizer = torch.optim.SGD(state.detector.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
+        for parameter in state.detector.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.zero_grad(set_to_none=False)
         optimizer.step()
@@ -328,14 +328,14 @@ def test_a_gradient_from_before_the_freeze_is_dropped():
 
 def _unfreeze(rewrap):
     config = small_config()
-    learner = make_state(config, small_detector(config), STEM)
-    learn(learner, 2)
-    model = learner.model
-    switch(learner, config, [])
+    state = make_state(config, small_detector(config), STEM)
+    learn(state, 2)
+    model = state.model
+    state.freeze([], config.optimizer)
     if not rewrap:
-        learner.model = model
-    learn(learner, 2, first=2)
-    return digests(learner.detector.state_dict())
+        state.model = model
+    learn(state, 2, first=2)
+    return digests(state.detector.state_dict())
 
 
 @pytest.mark.parametrize("rewrap", [True, False])

@@ -184,9 +184,9 @@ def test_nothing_of_it_is_in_the_detector_and_prediction_keeps_its_bits():
     batch = made_batch(0)
     keys, modules = list(detector.state_dict()), len(list(detector.modules()))
     before = view(detector).predict(batch.images, batch.sizes)["objects"]
-    learner = make_state(small_config(), detector, ALL)
-    learner.prefix = FrozenPrefix(detector, learner.config)
-    learn(learner, 1, lr=0.0)
+    state = make_state(small_config(), detector, ALL)
+    state.prefix = FrozenPrefix(detector, state.config)
+    learn(state, 1, lr=0.0)
     assert list(detector.state_dict()) == keys and len(list(detector.modules())) == modules
     for seen in (detector, view(detector)):
         for a, b in zip(before, seen.predict(batch.images, batch.sizes)["objects"], strict=True):
@@ -196,10 +196,10 @@ def test_nothing_of_it_is_in_the_detector_and_prediction_keeps_its_bits():
 @pytest.mark.parametrize("frozen", [STEM, ALL])
 def test_frozen_is_bit_exact_after_steps_with_the_prefix_and_the_rest_moves(frozen):
     detector = detector_with(frozen)
-    learner = make_state(small_config(), detector, frozen)
-    learner.prefix = FrozenPrefix(detector, learner.config)
+    state = make_state(small_config(), detector, frozen)
+    state.prefix = FrozenPrefix(detector, state.config)
     before = copy_state(detector)
-    learn(learner, 5)
+    learn(state, 5)
     moved = bits_differ(before, detector.state_dict())
     assert moved and {n for n, p in detector.named_parameters() if p.requires_grad} <= moved
     prefixes = ("backbone.conv1.", "backbone.bn1.", "backbone.layer1.") if frozen is STEM else ("backbone.", "neck.")

@@ -55,6 +55,22 @@ def test_the_longest_matching_name_gives_the_factor():
             assert factor == 1.0, name
 
 
+def square_root(step, schedule, total_steps):
+    return (step + 1) ** -0.5
+
+
+def rmsprop(groups, optimizer, *, fused):
+    return torch.optim.RMSprop(groups, lr=optimizer.lr, momentum=optimizer.momentum)
+
+
+def test_a_schedule_and_an_optimizer_from_outside_are_found():
+    schedule = ScheduleConfig(type=f"{__name__}:square_root", warmup_steps=2)
+    assert lr_factor(3, schedule, 90) == 0.5 and lr_factor(0, schedule, 90) == 1e-3
+    made = build_optimizer(small_detector(small_config()), OptimizerConfig(type=f"{__name__}:rmsprop"))
+    assert isinstance(made, torch.optim.RMSprop) and made.defaults["momentum"] == 0.9
+    assert {group["weight_decay"] for group in made.param_groups} == {0.0, 1e-4}
+
+
 def test_multistep_with_warmup_is_detectron2s():
     schedule = ScheduleConfig(type="multistep", milestones=[60, 80], gamma=0.1, warmup_steps=10)
     factors = [lr_factor(step, schedule, 90) for step in range(90)]

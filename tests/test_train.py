@@ -22,8 +22,10 @@ from detbb.core.folder_lock import LOCK_FILE, FolderLock
 from detbb.freeze import FrozenTensorChanged
 from detbb.inference.evaluate import evaluate
 from detbb.report.freeze_report import FreezeJournal
+from detbb.training import evaluation as run_evaluation
+from detbb.training import start
 from detbb.training.loop import train
-from detbb.training.resuming import ResumePoint, claim_run_folder
+from detbb.training.start import ResumePoint, claim_run_folder
 from detbb.training.step import NonFinite
 
 # The package's attributes of these names are the functions.
@@ -150,10 +152,10 @@ def test_evaluation_on_or_off_learns_the_same_bits(tmp_path, images):
 def test_one_planted_bn_train_stops_the_run_and_names_the_norm(monkeypatch, tmp_path, images, fold, says):
     learn = training.train_step
 
-    def planted(learner, *args, **kwargs):
+    def planted(state, *args, **kwargs):
         if kwargs["step"] == 4:
-            learner.detector.backbone.layer1[0].bn2.train()
-        return learn(learner, *args, **kwargs)
+            state.detector.backbone.layer1[0].bn2.train()
+        return learn(state, *args, **kwargs)
 
     monkeypatch.setattr(training, "train_step", planted)
     with pytest.raises(FrozenTensorChanged, match=f"step 6: .*{says}"):
@@ -186,6 +188,8 @@ def test_resume_without_a_checkpoint_is_a_fresh_start(tmp_path, images):
         (["freeze=[backbone.layer9]"], "not a submodule; valid are backbone"),
         (["phases=[{steps: 20, freeze: [neck]}, {freeze: []}]"], "phases"),
         (["optimizer.lr_mult={bakcbone: 0.1}"], "bakcbone"),
+        (["optimizer.type=adam"], r"optimizer.type: 'adam' is not known; valid are adamw, sgd, .*did you mean 'adamw'"),
+        (["schedule.type=math:pi"], "schedule.type 'math:pi': 'pi' of 'math' is no function"),
         (["optimizer.lr_mult={heads.shapes.towre: 0.1}"], r"lr_mult: 'heads.shapes.towre' is not.*did you mean"),
         (["train.steps=null", "train.epochs=0.1"], "warmup_steps is 3, must be below the 1 steps of train.epochs 0.1"),
         (["device=cuda"], "no CUDA device"),
@@ -208,7 +212,7 @@ def test_a_source_that_cannot_be_read_is_refused_at_the_start(tmp_path, images):
 
 def test_two_starts_at_once_are_one_run(tmp_path):
     config = tiny_config(tmp_path)
-    folder, start = CheckpointFolder(tmp_path / "run" / "checkpoints", 2), ResumePoint(None, [])
+    folder, start = CheckpointFolder(tmp_path / "run" / "checkpoints", 2), ResumePoint()
     with FolderLock() as lock:
         claim_run_folder(config, start, folder, lock)
     with FolderLock() as lock, pytest.raises(UserError, match="already holds a run"):
@@ -303,7 +307,7 @@ def test_best_follows_one_kind_of_weights_over_a_resume_and_is_a_verified_checkp
     def measured(*_, output_dir, weights, **__):
         return {"shapes/bbox/AP": 99.0 if weights == "model" else float(output_dir.name.split("_")[1])}
 
-    monkeypatch.setattr(importlib.import_module("detbb.training.run"), "evaluate_detector", measured)
+    monkeypatch.setattr(run_evaluation, "evaluate_detector", measured)
     options = ("eval.weights=both", "eval.every=1", "checkpoint.every=8", "schedule.warmup_steps=0", "freeze=[neck]")
     train(tiny_config(tmp_path, *options, "train.steps=2", data=images))
     train(tiny_config(tmp_path, *options, "train.steps=3", data=images), resume="auto")
@@ -313,14 +317,14 @@ def test_best_follows_one_kind_of_weights_over_a_resume_and_is_a_verified_checkp
 
 
 def test_a_mask_of_infinities_is_no_fault_and_has_no_average(monkeypatch, tmp_path, images):
-    build = training.setup.build_detector
+    build = start.build_detector
 
     def with_mask(*args):
         detector = build(*args)
         detector.heads["shapes"].register_buffer("mask", torch.full((2,), float("-inf")))
         return detector
 
-    monkeypatch.setattr(training.setup, "build_detector", with_mask)
+    monkeypatch.setattr(start, "build_detector", with_mask)
     train(tiny_config(tmp_path, *SHORT, "train.steps=2", data=images))
     content = load(tmp_path / "run")
     assert "heads.shapes.mask" in content["model"] and "heads.shapes.mask" not in content["ema"]["tensors"]
@@ -329,13 +333,15 @@ def test_a_mask_of_infinities_is_no_fault_and_has_no_average(monkeypatch, tmp_pa
 
 def test_a_source_that_seldom_has_its_turn_is_waited_for():
     said = []
-    learner = make_state(small_config(), small_detector(small_config()), [])
-    run = SimpleNamespace(
-        learner=learner, log=SimpleNamespace(info=said.append), journal=SimpleNamespace(add_finding=len)
-    )
+    state = make_state(small_config(), small_detector(small_config()), [])
+    run = SimpleNamespace(state=state, log=SimpleNamespace(info=said.append), journal=SimpleNamespace(add_finding=len))
     name = "backbone.conv1.weight"
-    assert training.check_gradients(run, {name}, {"often": 40, "seldom": 9}) == {name} and not said
-    assert training.check_gradients(run, {name}, {"often": 41, "seldom": 10}) == set()
+    run.no_gradient, run.turns = {name}, {"often": 39, "seldom": 9}
+    training.check_gradients(run, "often")
+    assert run.no_gradient == {name} and not said
+    run.turns["often"] = 41
+    training.check_gradients(run, "seldom")
+    assert run.no_gradient == set()
     assert said == [f"WARNING: trained but without a gradient in the first 51 steps: {name}"]
 
 
@@ -359,14 +365,14 @@ def test_the_report_names_what_does_not_fit_together(tmp_path, images):
 
 
 def test_a_trained_parameter_without_gradient_is_reported_once(monkeypatch, tmp_path, images):
-    build = training.setup.build_detector
+    build = start.build_detector
 
     def with_dead_weight(*args):
         detector = build(*args)
         detector.heads["shapes"].dead = torch.nn.Parameter(torch.ones(2, 2))
         return detector
 
-    monkeypatch.setattr(training.setup, "build_detector", with_dead_weight)
+    monkeypatch.setattr(start, "build_detector", with_dead_weight)
     train(tiny_config(tmp_path, "train.steps=11", "data.shapes.val=null", data=images))
     text = (tmp_path / "run" / "log.txt").read_text()
     assert text.count("without a gradient in the first 10 steps: heads.shapes.dead") == 1
@@ -406,12 +412,12 @@ def test_skipping_leaves_no_trace_and_has_a_limit(monkeypatch, tmp_path, images)
 
 def test_fp16_scaling_ends_a_run_whose_gradients_stay_non_finite(tmp_path):
     """An overflow halves the scale and is no fault; with a scale below 1 it is one."""
-    learner = make_state(small_config(), small_detector(small_config()), [])
-    learner.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    next(p for p in learner.detector.parameters() if p.requires_grad).register_hook(lambda g: g * float("nan"))
-    learn(learner, 2, folder=tmp_path)
+    state = make_state(small_config(), small_detector(small_config()), [])
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    next(p for p in state.detector.parameters() if p.requires_grad).register_hook(lambda g: g * float("nan"))
+    learn(state, 2, folder=tmp_path)
     with pytest.raises(NonFinite, match="step 2: a loss or gradient is not finite"):
-        learn(learner, 1, first=2, folder=tmp_path)
+        learn(state, 1, first=2, folder=tmp_path)
 
 
 def test_a_loaded_detector_predicts_alone(whole):

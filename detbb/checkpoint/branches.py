@@ -7,7 +7,7 @@ predicts what it did (docs/branches.md; format: docs/checkpoints.md).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from detbb.checkpoint.content import (
 from detbb.checkpoint.untrusted import shapes_of
 from detbb.config.loading import config_to_dict
 from detbb.config.schema import Config
-from detbb.core.errors import UserError, unknown_name
+from detbb.core.errors import UserError, some, unknown_name
 from detbb.core.files import BadFile, check_output, load_tensors, save_tensors
 from detbb.core.forms import Form
 from detbb.freeze import digests
@@ -176,11 +176,6 @@ def remove(checkpoint: Path | str, head: str, *, output: Path | str, overwrite: 
 def digest_of(shared: Mapping[str, str]) -> str:
     """SHA-256 over names and digests: one value for the backbone and neck that a branch reads."""
     return hashlib.sha256("".join(f"{n} {shared[n]}\n" for n in sorted(shared)).encode()).hexdigest()
-
-
-def some(names: Collection[str], count: int = 5) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(list(names)[:count]) + more
 
 
 def _open(checkpoint: Path | str, output: Path | str, overwrite: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from detbb.checkpoint.untrusted import build_exactly, check_shapes, check_values
 from detbb.config.schema import Config, DataConfig
-from detbb.core.errors import UserError, unknown_name
+from detbb.core.errors import UserError, some, unknown_name
 from detbb.core.files import BadFile, load_tensors
 from detbb.core.forms import Form
 from detbb.detector import Detector, view
@@ -275,11 +275,16 @@ def restore_detector(checkpoint: Mapping[str, Any], *, weights: str | None = Non
 
 
 def load_exactly(detector: Detector, given: Mapping[str, Tensor], problem: str) -> None:
-    """Give the detector all of its tensors. Raises: UserError: `problem`, and those that do not fit."""
+    """Give the detector all of its tensors. Raises: UserError: as `check_fit`."""
+    check_fit(detector, given, problem)
+    detector.load_state_dict(given)
+
+
+def check_fit(detector: Detector, given: Mapping[str, Tensor], problem: str) -> None:
+    """Raise UserError, with `problem` and their names, if tensors are missing, too many or of another shape."""
     own = detector.state_dict()
     if wrong := sorted(set(own) ^ set(given)) or [n for n in own if own[n].shape != given[n].shape]:
-        raise UserError(f"{problem}: {', '.join(wrong[:5])}")
-    detector.load_state_dict(given)
+        raise UserError(f"{problem}: {some(wrong)}")
 
 
 def load_detector(path: Path | str, *, weights: str | None = None, device: str = "cpu") -> Detector:

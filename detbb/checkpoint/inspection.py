@@ -11,9 +11,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from detbb.checkpoint.branches import read_branch, some
+from detbb.checkpoint.branches import read_branch
 from detbb.checkpoint.content import evaluated_state, open_checkpoint
-from detbb.core.errors import UserError, printable
+from detbb.core.errors import UserError, printable, some
 from detbb.freeze import digests, part_of
 from detbb.modeling.backbones import known_aliases
 

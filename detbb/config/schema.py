@@ -249,8 +249,8 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """Update rule; the parameter groups follow module types and names."""
 
-    type: Literal["sgd", "adamw"] = "sgd"
-    """`sgd` (with momentum) or `adamw`."""
+    type: str = "sgd"
+    """`sgd` (with momentum), `adamw`, or `package.module:function`."""
     lr: PositiveFloat = 0.02
     """Learning rate for the whole `train.batch_size`."""
     momentum: BelowOne = 0.9
@@ -269,8 +269,9 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate as a pure function of the step."""
 
-    type: Literal["multistep", "cosine", "constant"] = "multistep"
-    """`multistep`: times `gamma` at each milestone; `cosine`: to zero at the last step; `constant`."""
+    type: str = "multistep"
+    """`multistep`: times `gamma` at each milestone; `cosine`: to zero at the last step; `constant`; or
+    `package.module:function`."""
     milestones: Annotated[list[PositiveInt], rule(lambda s: s == sorted(set(s)), "must be ascending")] = []
     """`multistep`: the steps at which the rate drops."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1

@@ -6,8 +6,9 @@ import difflib
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
+from signal import Signals
 
 # Control characters but tab and newline, marks that reorder text or break lines, and halves of characters.
 _UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -27,7 +28,7 @@ class Stopped(Exception):
     """A signal asked the run to end, and a checkpoint is safe on disk. Commands exit with `128 + signal`."""
 
     def __init__(self, signal: int) -> None:
-        super().__init__(f"stopped by signal {signal}")
+        super().__init__(f"stopped by {Signals(signal).name}")
         self.signal = signal
 
 
@@ -59,3 +60,9 @@ def nearest(word: object, names: Iterable[object]) -> str:
     """`; did you mean …?`, or nothing if no name is close."""
     near = difflib.get_close_matches(str(word), [str(name) for name in names], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def some(names: Collection[str], count: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(list(names)[:count]) + more

@@ -1,49 +1,44 @@
-"""Training, top to bottom: phase -> freeze -> wrap -> for each batch: learn -> log, save, evaluate."""
+"""Training, top to bottom.
+
+    python tools/train.py --config configs/shapes_fcos.yaml [--resume] [key=value ...]
+    torchrun --nproc-per-node=4 tools/train.py --config configs/shapes_fcos.yaml [--resume] [key=value ...]
+
+What a run starts from, in this order; the first that has a tensor gives it (detbb/training/start.py):
+
+    1. --resume: all of a checkpoint of this run, and the run goes on at its step
+    2. init_from: the weights that another run's checkpoint is evaluated with
+    3. backbone.weights: a file, or torchvision's ImageNet weights
+    4. random weights from the seed
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from detbb.checkpoint.folder import CheckpointFolder
-from detbb.config.phases import Phase, phase_at, plan_phases
+from detbb.config.phases import Phase, phase_at
 from detbb.config.schema import Config
-from detbb.core.errors import Stopped, UserError
 from detbb.core.folder_lock import FolderLock
 from detbb.data.loader import train_loader
 from detbb.data.sampler import hash_seed
-from detbb.distributed.collectives import from_rank0, raise_on_all_ranks, rank, world_size
-from detbb.distributed.processes import processes, wrap
+from detbb.distributed.collectives import rank, world_size
+from detbb.distributed.processes import processes
 from detbb.feature_cache import setup as cache_setup
 from detbb.feature_cache.cache import FeatureCache
 from detbb.feature_cache.frozen_prefix import FrozenPrefix, compiled, last_frozen
 from detbb.freeze import digests
 from detbb.report import freeze_report as report
-from detbb.report.log import RunLog
 from detbb.report.tables import summary_table
-from detbb.report.writers import find_writers, read_evaluations
 from detbb.structures.batch import Batch
-from detbb.training import optim, resuming, setup
-from detbb.training.ema import Ema
-from detbb.training.run import (
-    Run,
-    after_step,
-    best_metric,
-    check_gradients,
-    due,
-    evaluate_now,
-    evaluated_weights,
-    missing_evaluations,
-    save,
-)
+from detbb.training.evaluation import evaluate_run
 from detbb.training.signals import StopSignals
-from detbb.training.step import TrainState, train_step
+from detbb.training.start import needs_by_source, start_run
+from detbb.training.state import Run, save_checkpoint
+from detbb.training.step import StepResult, read_losses, train_step
 
 
 def train(config: Config, *, resume: str | None = None) -> Path:
@@ -55,139 +50,58 @@ def train(config: Config, *, resume: str | None = None) -> Path:
     Raises: UserError: config, data or checkpoint cannot work; Stopped: a signal came, and a checkpoint is safe.
     """
     with processes(config) as device, StopSignals() as stop, FolderLock() as lock:
-        run = prepare(config, resume, device, stop, lock)
-        try:
-            if run.saved == run.step and due(run, config.eval.every) and missing_evaluations(run):
+        run = start_run(config, resume, device, stop, lock)
+        with closing(run.log):
+            if run.saved == run.step and run.due(config.eval.every) and run.missing_evaluations():
                 start_phase(run, phase_at(run.phases, run.step - 1))  # the interruption came before evaluating
-                evaluate_now(run)
-            while run.step < run.steps:
-                train_phase(run, phase_at(run.phases, run.step))
+                evaluate_run(run)
+            for phase in run.phases:
+                if run.step < phase.end:
+                    start_phase(run, phase)
+                    train_phase(run, phase)
             finish(run)
-        finally:
-            run.log.close()
         return run.checkpoints.folder / "last.pt"
 
 
-def prepare(config: Config, resume: str | None, device: torch.device, stop: StopSignals, lock: FolderLock) -> Run:
-    """Read the data, build the detector, refuse what cannot work, and only then open the run folder."""
-    find_writers(config.log.to)  # a misspelt name is an error now
-    start = resuming.open_run_folder(config, resume, lock)
-    checkpoint = start.checkpoint
-    train_data, val_data = setup.read_sources(config)
-    detector, lines, random = setup.start_detector(config, start, train_data)
-    phases = plan_phases(config, setup.total_steps(config, train_data))
-    for index, phase in enumerate(phases):  # a misspelt name in a late phase is an error now, not then
-        learning = detector.active_heads(frozen=phase.freeze)
-        phases[index] = replace(phase, sources=tuple(dict.fromkeys(detector.sources[name] for name in learning)))
-        if not learning:
-            names = ", ".join(phase.freeze)
-            raise UserError(f"freeze: phase {phase.index} freezes everything ({names}); nothing would learn")
-    optim.lr_by_name(detector, config.optimizer.lr_mult)  # refuses unknown names
-    lines += setup.repairs(train_data, val_data)
-    cache_setup.check(config, detector, phases, train_data)
-    lines += setup.refuse_random(config, phases, detector, random)
-    setup.check_data(detector, config, [train_data, val_data])
-    if checkpoint is not None:
-        lines += resuming.check(config, checkpoint, detector, train_data, steps=phases[-1].end)
-    folder = Path(config.output_dir)
-    with raise_on_all_ranks():
-        journal = report.FreezeJournal(folder / "freeze.json", resumed=checkpoint is not None)
-    checkpoint_folder = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
-    with raise_on_all_ranks():
-        if rank() == 0:
-            start.notes += resuming.claim_run_folder(config, start, checkpoint_folder, lock)
-    detector.to(device)
-    ema = None
-    if config.ema is not None:
-        ema = Ema(detector, decay=config.ema.decay, warmup_steps=config.ema.warmup_steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-    run = Run(
-        config,
-        folder,
-        phases,
-        train_data,
-        val_data,
-        TrainState(detector, ema, config.train, device, scaler),
-        checkpoint_folder,
-        RunLog(folder, config.log.to, resume_step=start.step, rank=rank()),
-        journal,
-        stop,
-    )
-    if checkpoint is not None:
-        restore(run, checkpoint)
-    for line in [*start.notes, *lines, *setup.advice(config, detector)]:
-        run.log.info(line)
-    return run
-
-
-def restore(run: Run, checkpoint: dict[str, Any]) -> None:
-    """Everything of a checkpoint but the model's tensors, which the detector started from."""
-    run.step = run.saved = checkpoint["step"]
-    run.optimizer_state = checkpoint["optimizer"]["state"]
-    run.learner.skipped_in_row = checkpoint["data"]["skipped_in_row"]
-    if run.learner.ema is not None and checkpoint["ema"] is not None:
-        run.learner.ema.load_state_dict(checkpoint["ema"])
-    if checkpoint["scaler"]:
-        run.learner.scaler.load_state_dict(checkpoint["scaler"])
-    lines = from_rank0(read_evaluations(run.folder / "metrics.jsonl"))
-    run.evaluated = {(line["step"], line["weights"]) for line in lines}
-    if from_rank0((run.checkpoints.folder / "best.pt").exists()):
-        followed = [line.get(best_metric(run)) for line in lines if line["weights"] == evaluated_weights(run)[0]]
-        run.best = max((value for value in followed if value is not None), default=run.best)
-
-
 def train_phase(run: Run, phase: Phase) -> None:
-    """Freeze, wrap, report, and train from the run's step to the phase's end."""
-    learner, config, detector = run.learner, run.config, run.learner.detector
-    start_phase(run, phase)
-    missing = {n for n, p in detector.named_parameters() if p.requires_grad}
-    turns = {detector.sources[name]: 0 for name in detector.active_heads()}
-    with closing(step_batches(run, phase)) as batches:  # ends the workers, however this is left
-        clock = time.perf_counter()
-        for batch, data_s in batches:
-            lr = config.optimizer.lr * optim.lr_factor(run.step, config.schedule, run.steps)
-            torch.manual_seed(
-                hash_seed(config.seed, run.step, rank())
-            )  # for dropout, which no other state must influence
-            result = train_step(learner, batch, lr=lr, stop=run.stop, folder=run.folder, step=run.step)
+    """Train from the run's step to the phase's end."""
+    config = run.config
+    with closing(step_batches(run, phase)) as steps:  # ends the workers, however this is left
+        for batches, data_s in steps:
+            began = time.perf_counter() - data_s
+            torch.manual_seed(hash_seed(config.seed, run.step, rank()))  # for dropout, whatever was drawn before
+            lr = run.lr(run.step)
+            result = train_step(run.state, batches, lr=lr, stop=run.stop, folder=run.folder, step=run.step)
             run.step += 1
-            turns[batch[0].source] += 1
-            missing = check_gradients(run, missing, turns)
-            step_s = time.perf_counter() - clock
-            after_step(run, result, lr=lr, step_s=step_s, data_s=data_s)
-            if run.step == phase.end or due(run, config.checkpoint.every) or result.stop:
-                save(run)
+            check_gradients(run, batches[0].source)
+            log_step(run, result, lr=lr, step_s=time.perf_counter() - began, data_s=data_s)
+            if run.step == phase.end or run.due(config.checkpoint.every) or result.stop:
+                save_checkpoint(run)
             if result.stop:
-                raise Stopped(result.stop)
-            if due(run, config.eval.every):
-                evaluate_now(run)
-            clock = time.perf_counter()  # a step's time is the step's, not that of saving and evaluating
-    run.optimizer_state = optim.state_by_name(learner.optimizer)
+                raise run.stopped(result.stop)
+            if run.due(config.eval.every):
+                evaluate_run(run)
 
 
 def start_phase(run: Run, phase: Phase) -> None:
-    """Make the phase's freezing true everywhere: gradients, optimizer, average, DDP, digests, report."""
-    learner, config, detector = run.learner, run.config, run.learner.detector
-    detector.freeze(phase.freeze).train()
-    learner.optimizer = optim.build_optimizer(detector, config.optimizer, fused=config.train.precision != "fp16")
-    optim.load_state_by_name(learner.optimizer, run.optimizer_state)
-    run.optimizer_state = optim.state_by_name(learner.optimizer)  # lets go of the tensors of before
-    if learner.ema is not None:
-        learner.ema.follow()
-    learner.model = wrap(detector)
+    """Make the phase's freezing true everywhere: gradients, optimizer, average, DDP, frozen prefix, digests, report."""
+    state, config, detector = run.state, run.config, run.state.detector
+    state.freeze(phase.freeze, config.optimizer)
     if config.train.compile:
         torch._dynamo.reset()  # else what was compiled in earlier phases counts towards its limit
     prefix = FrozenPrefix(detector, config.train, log=run.log.info) if last_frozen(detector) else None
     steps = phase.end - run.step
-    learner.prefix, lines = cache_setup.with_cache(prefix, config, detector, data=run.train_data, steps=steps)
+    state.prefix, lines = cache_setup.with_cache(prefix, config, detector, data=run.train_data, steps=steps)
     for line in lines:
         run.log.info(line)
     detector.compiled = (
         compiled(detector.forward_from, "what is trained", run.log.info) if config.train.compile else None
     )
     run.digests = digests(detector)
-    lr = config.optimizer.lr * optim.lr_factor(phase.start, config.schedule, run.steps)
-    rows = report.rows(detector, learner.optimizer, lr=lr, averaged=list(learner.ema.tensors) if learner.ema else [])
+    run.no_gradient = {name for name, parameter in detector.named_parameters() if parameter.requires_grad}
+    run.turns = dict.fromkeys(phase.sources, 0)
+    averaged = list(state.ema.tensors) if state.ema is not None else []
+    rows = report.rows(detector, state.optimizer, lr=run.lr(phase.start), averaged=averaged)
     notes = report.findings(detector, phase)
     run.log.table(report.PhaseTable(phase, rows))
     for note in notes:
@@ -203,8 +117,8 @@ def step_batches(run: Run, phase: Phase) -> Generator[tuple[list[Batch], float]]
     loader = train_loader(
         {source: run.train_data[source] for source in phase.sources},
         run.config,
-        needs=setup.needs_by_source(run.config, run.learner.detector.active_heads()),
-        stores=run.learner.prefix.stores if isinstance(run.learner.prefix, FeatureCache) else None,
+        needs=needs_by_source(run.config, run.state.detector.active_heads()),
+        stores=run.state.prefix.stores if isinstance(run.state.prefix, FeatureCache) else None,
         start_step=run.step,
         end_step=phase.end,
         phases=[(p.start, p.sources) for p in run.phases],
@@ -218,11 +132,44 @@ def step_batches(run: Run, phase: Phase) -> Generator[tuple[list[Batch], float]]
             yield batches, time.perf_counter() - began
 
 
+def check_gradients(run: Run, source: str) -> None:
+    """Say once which trained parameters had no gradient in the first steps, when each source had ten."""
+    run.turns[source] += 1
+    if run.no_gradient:
+        parameters = run.state.detector.named_parameters()
+        run.no_gradient = {n for n, p in parameters if n in run.no_gradient and p.grad is None}
+    if run.no_gradient and min(run.turns.values()) >= 10:
+        names = ", ".join(sorted(run.no_gradient))
+        note = f"trained but without a gradient in the first {sum(run.turns.values())} steps: {names}"
+        run.log.info(f"WARNING: {note}")
+        if rank() == 0:
+            run.journal.add_finding(note)
+        run.no_gradient = set()
+
+
+def log_step(run: Run, result: StepResult, *, lr: float, step_s: float, data_s: float) -> None:
+    """Log what is due. Losses leave the device only then."""
+    images = result.images * world_size()
+    for path in sorted(set(result.bad_images) - run.bad_images):
+        run.bad_images.add(path)
+        run.log.info(f"WARNING: left out an image that cannot be read ({len(run.bad_images)} so far): {path}")
+    if isinstance(run.state.prefix, FeatureCache):
+        for line in run.state.prefix.new_messages():
+            run.log.info(line)
+    if result.skipped:
+        run.log.info(f"WARNING: step {run.step} was skipped: a loss or gradient was not finite")
+    if run.due(run.config.log.every):
+        run.losses = read_losses(result)
+        times = {"data_s": data_s, "step_s": step_s, "images_per_s": images / step_s}
+        run.log.train(run.step, {**run.losses, "lr": lr, **times})
+    run.log.progress(run.step, run.steps, losses=run.losses, images=images, step_s=step_s, data_s=data_s)
+
+
 def finish(run: Run) -> None:
     """The table at the end, what the run left untouched, and where everything is."""
     for table in summary_table(run.metrics, title=f"step {run.step}"):
         run.log.table(table)
-    for proof in run.journal.unchanged(run.learner.detector) if rank() == 0 else ():
+    for proof in run.journal.unchanged(run.state.detector) if rank() == 0 else ():
         run.log.info(proof)
     checkpoints, evaluated = ("checkpoints/last.pt", "checkpoints/best.pt"), f"eval/step_{run.step:07d}"
     for name in (*checkpoints, evaluated, "freeze.json", "metrics.jsonl", "tb"):

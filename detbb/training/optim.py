@@ -4,16 +4,52 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detbb.config.schema import OptimizerConfig, ScheduleConfig
+from detbb.core.doors import lookup
 from detbb.core.errors import UserError
 from detbb.freeze import tensors_of
 from detbb.modeling.norm import is_norm
+
+Schedule = Callable[[int, ScheduleConfig, int], float]  # (step from 0, its config, steps of the run) -> a factor
+Groups = list[dict[str, Any]]
+
+
+def _sgd(groups: Groups, config: OptimizerConfig, *, fused: bool) -> torch.optim.Optimizer:
+    sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+    if config.momentum:
+        # The first step makes the buffer equal the gradient, as from zeros; the fused kernel wants all or none.
+        sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for g in sgd.param_groups for p in g["params"]})
+    return sgd
+
+
+def _adamw(groups: Groups, config: OptimizerConfig, *, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=fused)
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": lambda step, schedule, total_steps: 1.0,
+    "cosine": lambda step, schedule, total_steps: 0.5 * (1 + math.cos(math.pi * step / total_steps)),
+    "multistep": lambda step, schedule, total_steps: schedule.gamma ** bisect.bisect_right(schedule.milestones, step),
+}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
+
+
+def find_schedule(name: str) -> Schedule:
+    """A name in `SCHEDULES`, or `package.module:function`. Raises: UserError: there is none."""
+    what = "function (step, schedule config, total steps) -> factor"
+    return lookup(SCHEDULES, name, key="schedule.type", check=callable, what=what)
+
+
+def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """A name in `OPTIMIZERS`, or `package.module:function`. Raises: UserError: there is none."""
+    what = "function (parameter groups, optimizer config, *, fused) -> torch.optim.Optimizer"
+    return lookup(OPTIMIZERS, name, key="optimizer.type", check=callable, what=what)
 
 
 def lr_factor(step: int, schedule: ScheduleConfig, total_steps: int) -> float:
@@ -24,11 +60,7 @@ def lr_factor(step: int, schedule: ScheduleConfig, total_steps: int) -> float:
     warm = 1.0
     if step < schedule.warmup_steps:
         warm = 1e-3 + (1 - 1e-3) * step / schedule.warmup_steps
-    if schedule.type == "cosine":
-        return warm * 0.5 * (1 + math.cos(math.pi * step / total_steps))
-    if schedule.type == "multistep":
-        return warm * schedule.gamma ** bisect.bisect_right(schedule.milestones, step)
-    return warm
+    return warm * find_schedule(schedule.type)(step, schedule, total_steps)
 
 
 def lr_by_name(detector: nn.Module, lr_mult: Mapping[str, float]) -> dict[str, float]:
@@ -62,16 +94,7 @@ def build_optimizer(detector: nn.Module, config: OptimizerConfig, *, fused: bool
             group = groups.setdefault(key, {"params": [], "names": [], "lr_mult": key[0], "weight_decay": key[1]})
             group["params"].append(parameter)
             group["names"].append(name)
-    if config.type == "sgd":
-        sgd = torch.optim.SGD(list(groups.values()), lr=config.lr, momentum=config.momentum, fused=fused)
-        if config.momentum:
-            # The first step makes the buffer equal the gradient, as from zeros; the fused kernel wants all or none.
-            sgd.state.update(
-                {p: {"momentum_buffer": torch.zeros_like(p)} for g in sgd.param_groups for p in g["params"]}
-            )
-        return sgd
-    betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=betas, fused=fused)
+    return find_optimizer(config.type)(list(groups.values()), config, fused=fused)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detbb.config.schema import TrainConfig
+from detbb.config.schema import OptimizerConfig, TrainConfig
 from detbb.core.files import save_tensors
 from detbb.detector import Detector
 from detbb.distributed.collectives import all_gather_objects, maximum, mean, rank, world_size
+from detbb.distributed.processes import wrap
 from detbb.modeling.norm import average_statistics, moving_norms
 from detbb.modeling.precision import AUTOCAST
 from detbb.structures.batch import Batch
@@ -42,8 +43,21 @@ class TrainState:
     optimizer: torch.optim.Optimizer = field(init=False)
     model: nn.Module = field(init=False)  # the detector, in DDP where there are several processes
     prefix: Callable[[Batch], Batch] | None = None  # computes what is frozen; the detector goes on from there
+    optimizer_state: dict[str, dict[str, Any]] = field(default_factory=dict)  # by parameter name, for the next `freeze`
     skipped_in_row: int = 0
     _difference: Tensor | None = None
+
+    def freeze(self, names: Sequence[str], config: OptimizerConfig) -> None:
+        """Freeze exactly these submodules, everywhere; what goes on being trained keeps its momentum and average."""
+        if hasattr(self, "optimizer"):
+            self.optimizer_state = optim.state_by_name(self.optimizer)
+        self.detector.freeze(names).train()
+        self.optimizer = optim.build_optimizer(self.detector, config, fused=self.config.precision != "fp16")
+        optim.load_state_by_name(self.optimizer, self.optimizer_state)
+        self.optimizer_state = {}  # lets go of the tensors of before
+        if self.ema is not None:
+            self.ema.follow()
+        self.model = wrap(self.detector)
 
     def statistics_difference(self) -> float:
         """The largest difference between ranks' running statistics since the last call; every rank calls it."""
@@ -70,39 +84,24 @@ class StepResult:
 
 
 def train_step(
-    learner: TrainState, batches: list[Batch], *, lr: float, stop: Callable[[], int], folder: Path, step: int
+    state: TrainState, batches: list[Batch], *, lr: float, stop: Callable[[], int], folder: Path, step: int
 ) -> StepResult:
     """Learn from this rank's share of one step, given as `accumulate` batches of one source.
 
     stop: gives the signal that this process received so far, or 0. folder: where an offending batch is saved.
     Raises: NonFinite: on all ranks together.
     """
-    detector, optimizer = learner.detector, learner.optimizer
-    may_skip = learner.config.on_nonfinite == "skip" or learner.scaler.is_enabled()
-    statistics = _moving_statistics(detector) if may_skip else []
-    optim.set_lr(optimizer, lr)
-    optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
-    trained = detector.trainable_parameters()
-    used = torch.zeros(len(trained), device=learner.device)  # which a loss of any rank depends on
-    for index, batch in enumerate(batches):
-        batch = batch.to(learner.device)
-        if learner.prefix is not None:
-            batch = learner.prefix(batch)
-        with _reduced_once(learner.model, last=index == len(batches) - 1):
-            with torch.autocast(learner.device.type, *_autocast(learner.config)):
-                losses = learner.model(batch)
-            total = torch.stack([v.to(torch.promote_types(v.dtype, torch.float32)) for v in losses.values()]).sum()
-            learner.scaler.scale(total / len(batches)).backward()
-        if world_size() > 1:
-            used += used.new_tensor(detector.used_parameters)
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0) + value.detach() / len(batches)
+    may_skip = state.config.on_nonfinite == "skip" or state.scaler.is_enabled()
+    statistics = _moving_statistics(state.detector) if may_skip else []
+    optim.set_lr(state.optimizer, lr)
+    state.optimizer.zero_grad(set_to_none=True)
+    trained = state.detector.trainable_parameters()
+    losses, used = _backward(state, batches, trained)
     bad_images = [path for batch in batches for path in batch.bad_images]
-    learner.scaler.unscale_(optimizer)
+    state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in trained if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    loss_ok = torch.stack(list(sums.values())).isfinite().all()
+    loss_ok = torch.stack(list(losses.values())).isfinite().all()
     # The one synchronisation of a step: all ranks learn whether anything is not finite, whether anybody must stop or
     # left out an image, and which parameters the losses of any rank depend on.
     noted, flags = [stop(), len(bad_images)], torch.stack([~loss_ok, ~norm.isfinite()]).float()
@@ -110,9 +109,8 @@ def train_step(
         flags = maximum(torch.cat([flags, used.new_tensor(noted), used]))
     bad_loss, bad_gradient, *others = map(int, flags.tolist())
     signal, bad_image, *seen = others or noted
-    result = StepResult(
-        sums, norm, sum(len(b.targets) for b in batches), signal, skipped=bool(bad_loss or bad_gradient)
-    )
+    images = sum(len(b.targets) for b in batches)
+    result = StepResult(losses, norm, images, signal, skipped=bool(bad_loss or bad_gradient))
     if bad_image:
         result.bad_images = tuple(path for paths in all_gather_objects(bad_images) for path in paths)
     if world_size() > 1:
@@ -120,15 +118,39 @@ def train_step(
             if not anywhere:
                 parameter.grad = None  # the zero was for DDP; momentum and decay must not see it
     if not result.skipped:
-        _update(learner, gradients, norm)
+        _update(state, gradients, norm)
         return result
     for buffer, before in statistics:
         buffer.copy_(before)
-    learner.scaler.update()
+    state.scaler.update()
     # fp16 finds its scale by overflowing gradients now and then; what overflows without any scale is not finite
-    if bad_loss or not learner.scaler.is_enabled() or learner.scaler.get_scale() < 1:
-        _refuse(learner, batches, sums, folder=folder, step=step)
+    if bad_loss or not state.scaler.is_enabled() or state.scaler.get_scale() < 1:
+        _refuse(state, batches, losses, folder=folder, step=step)
     return result
+
+
+def _backward(state: TrainState, batches: list[Batch], trained: list[nn.Parameter]) -> tuple[dict[str, Tensor], Tensor]:
+    """Leave gradients; the mean losses of the batches, and which `trained` ones (1, else 0) they depend on.
+
+    The latter only on several processes.
+    """
+    means: dict[str, Tensor] = {}
+    used = torch.zeros(len(trained), device=state.device)
+    for index, batch in enumerate(batches):
+        batch = batch.to(state.device)
+        if state.prefix is not None:
+            batch = state.prefix(batch)
+        with _reduced_once(state.model, last=index == len(batches) - 1):
+            with torch.autocast(state.device.type, *_autocast(state.config)):
+                losses = state.model(batch)
+            total = torch.stack([v.to(torch.promote_types(v.dtype, torch.float32)) for v in losses.values()]).sum()
+            if world_size() > 1:
+                total, is_used = _with_all(total, trained)
+                used += used.new_tensor(is_used)
+            state.scaler.scale(total / len(batches)).backward()
+        for name, value in losses.items():
+            means[name] = means.get(name, 0) + value.detach() / len(batches)
+    return means, used
 
 
 def _reduced_once(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
@@ -136,29 +158,48 @@ def _reduced_once(model: nn.Module, *, last: bool) -> AbstractContextManager[Non
     return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
+def _with_all(total: Tensor, trained: list[nn.Parameter]) -> tuple[Tensor, list[bool]]:
+    """`total` with a gradient for every trained parameter, and which of them it depends on by itself.
+
+    DDP waits for every parameter, so those that this rank's losses do not depend on join with a gradient of zero.
+    (Its find_unused_parameters does all this, too, but warns in every run that leaves nothing unused.)
+    """
+    ends: set[int] = set()
+    todo, seen = [total.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ends.add(id(getattr(node, "variable", None)))
+            todo += [after for after, _ in node.next_functions]
+    used = [id(parameter) in ends for parameter in trained]
+    absent = [p.flatten()[0] for p, is_used in zip(trained, used, strict=True) if not is_used]
+    return (total + torch.stack(absent).sum() * 0 if absent else total), used
+
+
 def _autocast(config: TrainConfig) -> tuple[torch.dtype | None, bool]:
     return AUTOCAST.get(config.precision), config.precision in AUTOCAST
 
 
-def _update(learner: TrainState, gradients: list[Tensor], norm: Tensor) -> None:
-    if learner.config.grad_clip is not None:
-        torch._foreach_mul_(gradients, (learner.config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
-    learner.scaler.step(learner.optimizer)
-    learner.scaler.update()
-    learner.skipped_in_row = 0
-    learner.share_statistics()
-    if learner.ema is not None:
-        learner.ema.update()
+def _update(state: TrainState, gradients: list[Tensor], norm: Tensor) -> None:
+    if state.config.grad_clip is not None:
+        torch._foreach_mul_(gradients, (state.config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.skipped_in_row = 0
+    state.share_statistics()
+    if state.ema is not None:
+        state.ema.update()
 
 
-def _refuse(learner: TrainState, batches: list[Batch], sums: dict[str, Tensor], *, folder: Path, step: int) -> None:
+def _refuse(state: TrainState, batches: list[Batch], sums: dict[str, Tensor], *, folder: Path, step: int) -> None:
     """Keep the batch and stop, or count a skipped step."""
-    learner.optimizer.zero_grad(set_to_none=True)
-    learner.skipped_in_row += 1
+    state.optimizer.zero_grad(set_to_none=True)
+    state.skipped_in_row += 1
     terms = {name: float(value) for name, value in sums.items()}
     images = [t.image_id for b in batches for t in b.targets]
     everyone = all_gather_objects((terms, images))
-    if learner.config.on_nonfinite == "skip" and learner.skipped_in_row <= learner.config.max_skipped:
+    if state.config.on_nonfinite == "skip" and state.skipped_in_row <= state.config.max_skipped:
         return
     blamed = [r for r, (t, _) in enumerate(everyone) if not all(map(math.isfinite, t.values()))] or [
         *range(len(everyone))

@@ -1,4 +1,4 @@
-"""A learner on made-up batches, for tests of the step, the freeze rule and the average."""
+"""A state on made-up batches, for tests of the step, the freeze rule and the average."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from torch import Tensor
 from detbb.config.schema import Config
 from detbb.detector import Detector, build_detector
 from detbb.distributed.collectives import rank, world_size
-from detbb.distributed.processes import wrap
 from detbb.freeze import digest
 from detbb.heads import find_head
 from detbb.structures.batch import Batch, ImageSize, Target
-from detbb.training import optim
 from detbb.training.ema import Ema
 from detbb.training.step import TrainState, train_step
 
@@ -64,29 +62,19 @@ def made_batch(step: int, *, images: int = 2, size: int = 64, boxes: int = 2, so
 
 
 def make_state(config: Config, detector: Detector, frozen: list[str]) -> TrainState:
-    """What detbb.training.loop.start_phase does, without a run folder."""
+    """What detbb.training.start and the first phase make, without a run folder."""
     ema = config.ema and Ema(detector, decay=config.ema.decay, warmup_steps=config.ema.warmup_steps)
-    learner = TrainState(detector, ema, config.train, torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False))
-    switch(learner, config, frozen)
-    return learner
-
-
-def switch(learner: TrainState, config: Config, frozen: list[str]) -> None:
-    learner.detector.freeze(frozen).train()
-    before = optim.state_by_name(learner.optimizer) if hasattr(learner, "optimizer") else {}
-    learner.optimizer = optim.build_optimizer(learner.detector, config.optimizer)
-    optim.load_state_by_name(learner.optimizer, before)
-    if learner.ema is not None:
-        learner.ema.follow()
-    learner.model = wrap(learner.detector)
+    state = TrainState(detector, ema, config.train, torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False))
+    state.freeze(frozen, config.optimizer)
+    return state
 
 
 def learn(
-    learner: TrainState, steps: int, *, first: int = 0, lr: float = 0.01, folder: Path = Path("."), **batch: Any
+    state: TrainState, steps: int, *, first: int = 0, lr: float = 0.01, folder: Path = Path("."), **batch: Any
 ) -> None:
     for step in range(first, first + steps):
-        parts = [made_batch(step * 10 + k, **batch) for k in range(learner.config.accumulate)]
-        train_step(learner, parts, lr=lr, stop=lambda: 0, folder=folder, step=step)
+        parts = [made_batch(step * 10 + k, **batch) for k in range(state.config.accumulate)]
+        train_step(state, parts, lr=lr, stop=lambda: 0, folder=folder, step=step)
 
 
 def copy_state(detector: Detector) -> dict[str, Tensor]:
