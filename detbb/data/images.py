@@ -193,9 +193,7 @@ def _identify(path: str | Path, file: BinaryIO) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError:
         file.seek(0)
-        start = file.read(4)
-        reason = f"is a TIFF of {_NO_RANGE}" if start in (b"II*\0", b"MM\0*") else "is not an image of a known format"
-        raise BadImage(path, reason if start else "is empty") from None
+        raise BadImage(path, _what_else(file.read(1024))) from None
     except Exception as e:
         raise BadImage(path, f"cannot be decoded: {one_line(e, 200)}") from None
     tags = getattr(image, "tag_v2", {})  # of a TIFF: bits a sample, and whether they are unsigned integers (1)
@@ -203,6 +201,17 @@ def _identify(path: str | Path, file: BinaryIO) -> Image.Image:
     if not unsigned or image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # 16-bit PGM is `I`, too
         raise BadImage(path, f"holds {_NO_RANGE}")
     return image
+
+
+def _what_else(start: bytes) -> str:
+    """What a file is that is no image, by its first kilobyte."""
+    if start[:4] in (b"II*\0", b"MM\0*"):
+        return f"is a TIFF of {_NO_RANGE}"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the image itself (git lfs pull)"
+    if b"\n" not in start.strip() and Path(start.strip().decode("utf-8", "replace")).suffix.lower() in SUFFIXES:
+        return "holds the name of another file: a symbolic link that was copied as text"
+    return "is not an image of a known format" if start else "is empty"
 
 
 def _orientation(image: Image.Image) -> int:

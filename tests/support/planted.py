@@ -647,6 +647,19 @@ DATA_FAULTS = [
         "polygon, beside 2 lines",
         lambda d: yolo(d, "0 .1 .1 .9 .1 .9 .9 .1 .8"),
     ),
+    DataFault(
+        "YOLO: boxes with one and with two keypoints",
+        "refused",
+        "mix of dialects .2 x box with 1 keypoints of 3 numbers, 1 x box with 2 keypoints of 3 numbers",
+        lambda d: yolo(d, "0 .5 .5 .4 .4 .4 .4 2 .6 .6 1", "0 .5 .5 .4 .4 .4 .4 2"),
+        False,
+    ),
+    DataFault(
+        "YOLO: polygons of several lengths, one of which looks like a box with keypoints",
+        "accepted",
+        "",
+        lambda d: yolo(d, "0 .5 .5 .4 .4 .4 .4 .6 .6", "0 .1 .1 .9 .1 .9 .9"),
+    ),
     DataFault("YOLO: class number written as 1.0", "accepted", "", _yolo_all("1.0 0.5 0.5 0.2 0.2")),
     DataFault("YOLO: class number 0.5", "refused", "class 0.5", lambda d: yolo(d, "0.5 0.5 0.5 0.2 0.2")),
     DataFault(
@@ -783,6 +796,18 @@ DATA_FAULTS = [
             voc(d),
             (d.folder / "Annotations" / "7.xml").write_bytes("<annotation>é</annotation>".encode("latin-1")),
         ),
+    ),
+    DataFault(
+        "image that is a pointer of Git LFS",
+        "refused",
+        "7.png .is a pointer of Git LFS",
+        _bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+    ),
+    DataFault(
+        "image that is a symbolic link copied as text",
+        "refused",
+        "7.png .holds the name of another file",
+        _bytes(b"../store/7.png"),
     ),
     DataFault("TIFF of 32-bit floats", "refused", "7.tif .holds 32-bit", _tiff(np.ones((30, 40), np.float32))),
     DataFault("TIFF of 32-bit integers", "refused", "7.tif .holds 32-bit", _tiff(np.ones((30, 40), np.int32))),

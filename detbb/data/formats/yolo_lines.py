@@ -7,6 +7,7 @@ parts of the image.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -48,7 +49,7 @@ def readable(lines: Sequence[Line], sizes: np.ndarray, points: int | None, fault
         boxes = []
     if points:
         return _in_order(boxes + _with_keypoints(others, points, faults))
-    name = _dialect(others, sizes, known=points is not None) if others else None
+    name = _dialect_of_all(others, sizes, known=points is not None)
     if name is not None and name.startswith("box with "):
         faults.note(
             f"line that is a {name}: only boxes are read (name the keypoints in `keypoints`, or say `keypoints: []` if "
@@ -61,13 +62,17 @@ def readable(lines: Sequence[Line], sizes: np.ndarray, points: int | None, fault
     elif name is not None:
         faults.refuse(f"line that is a {name}:", [line.where for line in others])
         others = []
-    right = [line for line in others if len(line.values) == 4 or (len(line.values) >= 6 and len(line.values) % 2 == 0)]
-    wrong = [line.where for line in others if line not in set(right)]
-    faults.refuse("line that is not `class x y w h` or `class x1 y1 x2 y2 x3 y3 …`:", wrong)
-    others = right
+    wrong = [line for line in others if len(line.values) != 4 and (len(line.values) < 6 or len(line.values) % 2)]
+    faults.refuse("line that is not `class x y w h` or `class x1 y1 x2 y2 x3 y3 …`:", [line.where for line in wrong])
+    others = _without(others, wrong)
     if boxes and others and name is None:
         faults.note(f"line with a polygon, beside {len(boxes)} lines with a box alone:", [x.where for x in others])
     return _in_order(boxes + others)
+
+
+def _without(lines: list[Line], others: list[Line]) -> list[Line]:
+    left_out = set(others)
+    return [line for line in lines if line not in left_out]
 
 
 def _in_order(lines: list[Line]) -> list[Line]:
@@ -82,16 +87,16 @@ def _with_keypoints(lines: list[Line], points: int, faults: Faults) -> list[Line
         f"({widths[0]} or {widths[1]} after the class):",
         [line.where for line in wrong],
     )
-    lines = [line for line in lines if len(line.values) in widths]
-    far = {line for line in lines if not (np.abs(line.values) <= PIXELS).all()}
+    lines = _without(lines, wrong)
+    far = [line for line in lines if not (np.abs(line.values) <= PIXELS).all()]
     faults.refuse("line with a keypoint that is no part of the image (0 to 1):", [line.where for line in far])
-    lines = [line for line in lines if line not in far]
-    seen = [line for line in lines if len(line.values) == widths[0] or np.isin(line.values[6::3], (0, 1, 2)).all()]
+    lines = _without(lines, far)
+    unclear = [x for x in lines if len(x.values) == widths[1] and not np.isin(x.values[6::3], (0, 1, 2)).all()]
     faults.refuse(
         "keypoint whose third number is no visibility (0, 1 or 2; a confidence belongs to predictions):",
-        [line.where for line in lines if line not in set(seen)],
+        [line.where for line in unclear],
     )
-    return seen
+    return _without(lines, unclear)
 
 
 def keypoints_of(line: Line, points: int, hw: Sequence[int]) -> np.ndarray:
@@ -113,18 +118,35 @@ def _are_corners(table: np.ndarray) -> bool:
     return bool((table[:, 2:] > table[:, :2]).all() and leaves.any(axis=1).mean() > 0.5)
 
 
+def _dialect_of_all(lines: list[Line], sizes: np.ndarray, *, known: bool) -> str | None:
+    """What lines of other than four numbers are, if they are no polygons; known: that there are no keypoints.
+
+    Polygons have any number of corners, and some look like something else by chance: hence by length, and by majority.
+    """
+    groups: dict[int, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(len(line.values), []).append(line)
+    kinds: Counter[str] = Counter()
+    for group in groups.values():
+        name = _dialect(group, sizes, known=known)
+        kinds["polygon" if name is None or (name == "oriented box" and len(groups) > 1) else name] += len(group)
+    if 2 * kinds["polygon"] >= len(lines):
+        return None
+    kinds = +kinds
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return f"mix of dialects ({', '.join(f'{count} x {name}' for name, count in kinds.items())})"
+
+
 def _dialect(lines: list[Line], sizes: np.ndarray, *, known: bool) -> str | None:
-    """What lines of other than four numbers are, if they are no polygons; known: that there are no keypoints."""
-    lengths = np.array([len(line.values) for line in lines])
-    last = np.array([line.values[-1] for line in lines if len(line.values)])
-    if (lengths == 5).all():
+    """What lines of one length are, if they are no polygons."""
+    count = len(lines[0].values)
+    last = np.array([line.values[-1] for line in lines if count])
+    if count == 5:
         return f"box and {_extra(last)} (of predictions: take the last column away)"
-    if (lengths >= 5).all() and (lengths % 2 == 1).all() and len(set(lengths.tolist())) > 1:
-        return f"polygon and {_extra(last)} (of predictions: take the last column away)"
-    if len(set(lengths.tolist())) > 1 or lengths[0] < 6:
+    if count < 6:
         return None
     table = np.array([line.values for line in lines])
-    count = int(lengths[0])
     if count == 6 and _framed(table) and _whole(table[:, 5]) and (table[:, 5] > 1).any():
         return "box, a confidence and a track id (of predictions: take the last two columns away)"
     if count == 8 and _are_rectangles(table.reshape(-1, 4, 2) * sizes[[x.image for x in lines], None, ::-1]):
