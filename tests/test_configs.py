@@ -57,7 +57,7 @@ def test_the_schema_for_editors_knows_its_keys(path: Path):
 
 
 @each_run
-def test_its_detector_builds_and_each_phase_trains_and_freezes_what_it_says(path: Path):
+def test_its_detector_builds_and_its_phases_freeze_what_they_say(path: Path):
     config = load_config(path)
     with torch.device("meta"):  # shapes alone: no memory, no time
         detector = build_detector(config, dict.fromkeys(config.heads, CLASSES))
@@ -84,7 +84,7 @@ def test_data_roots_come_from_the_environment(path: Path, monkeypatch):
             assert all(p.startswith("/elsewhere/") or p.startswith("data/shapes") for p in places)
 
 
-def test_no_two_files_are_one_recipe_and_every_base_has_several_users():
+def test_no_recipe_is_twice_and_every_base_has_several_users():
     loaded = {path: load_config(path) for path in RUNS}
     outputs = [config.output_dir for config in loaded.values()]
     assert len(set(outputs)) == len(outputs)

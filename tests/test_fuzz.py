@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from crash import shrink
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -151,6 +152,8 @@ def test_any_config_text(tmp_path_factory: pytest.TempPathFactory, data: st.Data
     with bounded():
         load_config(path, world_size=1)
     assert not Path("executed").exists()
+    with bounded():
+        load_config(data.draw(changed(yaml.safe_load(TINY.format(out="out", data="data")))), world_size=1)
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ def _must(kind: str, value: Any, node: dict[str, Any]) -> str:
         return f"a section with keys among {', '.join(node['properties'])}"
     if kind == "list_type":
         scalar = type(value) in _SCALARS and node["items"].get("type") in ("string", "integer", "number")
-        return f"a list, such as [{value}]" if scalar else "a list"
+        return f"a list, such as [{show(value).strip(chr(39))}]" if scalar else "a list"
     if kind in ("too_short", "too_long"):
         least, most = node.get("minItems", 0), node.get("maxItems")
         return f"{_COUNTS.get(least, least)} numbers" if least == most else "not empty"
