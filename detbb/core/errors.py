@@ -56,13 +56,13 @@ def unknown_name(where: str, name: str, valid: Iterable[str]) -> UserError:
     return UserError(f"{where}: {name!r} is not known; valid are {', '.join(valid)}{nearest(name, valid)}")
 
 
+def some(names: Collection[str], count: int = 5) -> str:
+    """The first names, and how many more there are; `none` where there is none."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return (", ".join([*names][:count]) or "none") + more
+
+
 def nearest(word: object, names: Iterable[object]) -> str:
     """`; did you mean …?`, or nothing if no name is close."""
     near = difflib.get_close_matches(str(word), [str(name) for name in names], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def some(names: Collection[str], count: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(list(names)[:count]) + more

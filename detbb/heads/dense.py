@@ -6,20 +6,18 @@ Shapes: B images, N anchors over all levels, C classes, M boxes of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from detbb.config.schema import HeadConfig, Norm, Share
 from detbb.heads.base import Evaluator, Head, HeadSpec
 from detbb.metrics.evaluators import CocoEvaluator
-from detbb.modeling.norm import norm_layer
 from detbb.modeling.precision import at_least_fp32
 from detbb.structures.annotations import Annotations
 from detbb.structures.batch import Batch, ImageSize
@@ -114,13 +112,14 @@ class DenseHead(Head):
         scores = at_least_fp32(output.logits).sigmoid()
         if output.centerness is not None:
             scores = (scores * at_least_fp32(output.centerness).sigmoid()[..., None]).sqrt()
-        anchors, deltas = self.anchors(output), at_least_fp32(output.deltas)
+        anchors, deltas = self.anchors(output), at_least_fp32(output.deltas)  # (N, 4), (B, N, 4)
         shapes = self.anchor_generator.num_anchors_per_location()
         counts = [g.height * g.width * n for g, n in zip(output.grids, shapes, strict=True)]
         picked_scores, picked = [], []  # (B, k) of each level; picked counts (anchor, class) pairs over all levels
         first = 0
+        # Each level sends its best: else the many cells of the finest one would crowd out the others.
         for level in scores.split(counts, dim=1):
-            pairs = level.flatten(1)
+            pairs = level.flatten(1)  # (B, N of the level, C) -> (B, pairs)
             best = pairs.topk(min(self.config.topk_candidates, pairs.shape[1]))
             picked_scores.append(best.values)
             picked.append(best.indices + first)
@@ -133,10 +132,10 @@ class DenseHead(Head):
         ]
 
     def suppress(self, scores: Tensor, pairs: Tensor, deltas: Tensor, anchors: Tensor, size: ImageSize) -> Predictions:
-        """One image's detections from its candidate (anchor, class) pairs."""
+        """One image's detections. scores, pairs: (k,) of its candidates; deltas: (N, 4) of all its anchors."""
         above = scores > self.config.score_threshold
         scores, pairs = scores[above], pairs[above]
-        anchor, labels = pairs // self.num_classes, pairs % self.num_classes
+        anchor, labels = pairs // self.num_classes, pairs % self.num_classes  # a pair counts anchor * C + class
         boxes = clip_boxes_to_image(self.boxes(deltas[anchor], anchors[anchor]), size.hw)
         keep = batched_nms(boxes, scores, labels, self.config.nms_threshold)[: self.config.detections_per_image]
         return Predictions(boxes=boxes[keep].float(), scores=scores[keep].float(), labels=labels[keep])
@@ -204,10 +203,6 @@ def _softplus(x: Tensor) -> Tensor:
     e = x.abs().neg_().exp_()
     u = e + 1
     return u.log().add_(e.sub_(u - 1).div_(u)).add_(x.clamp(min=0))
-
-
-def tower_norm(norm: Norm | None) -> Callable[[int], nn.Module] | None:
-    return None if norm is None else norm_layer(norm)
 
 
 def batch_boxes(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -168,15 +168,16 @@ class TwoStageHead(Head):
         boxes = [t.boxes.to(p) for t, p in zip(targets, proposals, strict=True)]
         proposals = self.rules[0].add_gt_proposals(proposals, boxes)
         matched, labels = self.rules[0].assign_targets_to_proposals(proposals, boxes, [t.labels + 1 for t in targets])
+        # A matched index means nothing for background; only positives are ever looked up.
         drawn = [self.sampler(n, t.seed) for n, t in zip(labels, targets, strict=True)]
         return Rois(proposals, labels, matched).select([torch.cat(d).sort().values for d in drawn])
 
     def box_loss(self, features: dict[str, Tensor], rois: Rois, targets: list[Target]) -> dict[str, Tensor]:
         """`loss_cls` and `loss_box_reg`, both over the number of sampled proposals."""
-        logits, deltas = self.box_logits(features, rois.boxes)
-        labels = torch.cat(rois.labels)
-        positive = torch.where(labels > 0)[0]
-        deltas = deltas.view(len(deltas), -1, 4)[positive, labels[positive]]
+        logits, deltas = self.box_logits(features, rois.boxes)  # (R, C + 1), (R, 4 (C + 1))
+        labels = torch.cat(rois.labels)  # (R,)
+        positive = torch.where(labels > 0)[0]  # (P,)
+        deltas = deltas.view(len(deltas), -1, 4)[positive, labels[positive]]  # (P, 4): those of the true class
         chosen = rois.positive()
         truth = torch.cat([t.boxes[m] for t, m in zip(targets, chosen.matched, strict=True)]).to(deltas.dtype)
         regression = self.rules[0].box_coder.encode_single(truth, torch.cat(chosen.boxes))

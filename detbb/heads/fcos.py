@@ -1,4 +1,7 @@
-"""FCOS: every cell inside a box predicts the distances to its four sides (Tian et al. 2020, arXiv 2006.09214)."""
+"""FCOS: every cell inside a box predicts the distances to its four sides (Tian et al. 2020, arXiv 2006.09214).
+
+Letters in shapes: B images, N cells over all levels, C classes, M boxes of the batch, P (cell, box) pairs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegres
 from detbb.config.schema import Norm, Share
 from detbb.distributed.collectives import shared_count
 from detbb.heads.base import HeadSpec
-from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, Grid, batch_boxes, giou_loss, tower_norm
+from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, Grid, batch_boxes, giou_loss
+from detbb.modeling.norm import norm_layer
 from detbb.modeling.precision import at_least_fp32
 from detbb.structures.batch import Batch, ImageSize
 
@@ -34,7 +38,7 @@ class FcosConfig(DenseConfig):
 
 
 class Candidates(NamedTuple):
-    """(cell, box) pairs that could be positive. P pairs; P depends on shapes alone, so nothing waits for the device."""
+    """(cell, box) pairs that could be positive. P depends on shapes alone, so nothing waits for the device."""
 
     cell: Tensor  # (P,) in [0, B * N]
     box: Tensor  # (P,) in [0, M)
@@ -49,7 +53,7 @@ class FcosHead(DenseHead):
 
     def __init__(self, config: FcosConfig, spec: HeadSpec) -> None:
         super().__init__(config, spec)
-        norm = tower_norm(config.norm) or (lambda channels: nn.Identity())  # None would mean torchvision's GroupNorm
+        norm = norm_layer(config.norm) or (lambda channels: nn.Identity())  # None would mean torchvision's GroupNorm
         self.classification_head = FCOSClassificationHead(
             self.in_channels, 1, self.num_classes, config.num_convs, config.prior_probability, norm
         )
@@ -72,18 +76,21 @@ class FcosHead(DenseHead):
     def loss(self, output: DenseOutput, batch: Batch) -> dict[str, Tensor]:
         """Focal, GIoU and centre-ness loss, each a sum over the number of positive cells of all ranks."""
         assert output.centerness is not None
-        logits = at_least_fp32(output.logits).flatten(0, 1)
-        deltas, centerness = at_least_fp32(output.deltas).flatten(0, 1), at_least_fp32(output.centerness).flatten()
-        boxes, labels, image = batch_boxes(batch, logits)
-        cell, box, won = self.assign(boxes, image, output)
-        cell = cell.clamp(max=len(logits) - 1)
+        logits = at_least_fp32(output.logits).flatten(0, 1)  # (B N, C)
+        deltas = at_least_fp32(output.deltas).flatten(0, 1)  # (B N, 4)
+        centerness = at_least_fp32(output.centerness).flatten()  # (B N,)
+        boxes, labels, image = batch_boxes(batch, logits)  # (M, 4), (M,), (M,)
+        cell, box, won = self.assign(boxes, image, output)  # (P,) each
+        cell = cell.clamp(max=len(logits) - 1)  # pairs sent nowhere read some cell, and count 0
+        # Weights of 0 and 1 instead of a selection, whose size the device would have to be asked for.
         weight = won.to(logits.dtype)
         count = shared_count(weight.sum())
 
-        anchors = self.anchors(output)
-        anchors = anchors[cell % len(anchors)]
-        sides = self.box_coder.encode(anchors, boxes[box])
-        left_right, top_bottom = sides[:, 0::2], sides[:, 1::2]
+        anchors = self.anchors(output)  # (N, 4)
+        anchors = anchors[cell % len(anchors)]  # (P, 4)
+        sides = self.box_coder.encode(anchors, boxes[box])  # (P, 4): left, top, right, bottom
+        left_right, top_bottom = sides[:, 0::2], sides[:, 1::2]  # (P, 2)
+        # Centre-ness: 1 in the middle of the box, 0 at its border.
         shares = (left_right.amin(1) / left_right.amax(1)) * (top_bottom.amin(1) / top_bottom.amax(1))
         target = torch.where(won, shares, 0.0).sqrt()
         box_loss = giou_loss(self.boxes(deltas[cell], anchors), boxes[box])
@@ -97,7 +104,7 @@ class FcosHead(DenseHead):
 
     @torch.no_grad()
     def assign(self, boxes: Tensor, image: Tensor, output: DenseOutput) -> Candidates:
-        """Which cell learns which of the batch's boxes (M, 4), of images (M,).
+        """Which cell learns which box. boxes: (M, 4) xyxy; image: (M,), the number of each box's image in the batch.
 
         A cell learns a box that it lies in, if it is near the box's centre and the farthest side is within its level's
         range; of several such boxes, the smallest. Only the cells around each centre are looked at: M × tens of pairs
@@ -109,24 +116,25 @@ class FcosHead(DenseHead):
             torch.where(near, cell + image[:, None] * num_cells, nowhere)
             for cell, near in self.nearby(boxes, output.grids)
         ]
-        cell = torch.cat(pairs, dim=1)
-        box = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(cell).flatten()
-        cell = cell.flatten()
+        cell = torch.cat(pairs, dim=1)  # (M, P / M)
+        box = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(cell).flatten()  # (P,)
+        cell = cell.flatten()  # (P,)
         # torchvision's ranking: in float32, boxes of nearly the same area tie, and then the first box wins
         rank = (1e8 - (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))[box]
+        # Per cell the highest rank, then of the boxes with that rank the first.
         best = rank.new_full((nowhere + 1,), -torch.inf).scatter_reduce(0, cell, rank, "amax")
         contender = torch.where(rank == best[cell], cell, nowhere)
         first = box.new_full((nowhere + 1,), len(boxes)).scatter_reduce(0, contender, box, "amin")
         return Candidates(cell, box, (contender < nowhere) & (first[cell] == box))
 
     def nearby(self, boxes: Tensor, grids: tuple[Grid, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each level, cells around each box's centre (M, k), counted over all levels, and which may learn it."""
+        """For each level, k cells around each box's centre (M, k), counted over all levels, and which may learn it."""
         first = 0
         for grid, (lower, upper) in zip(grids, _ranges(grids), strict=True):
             reach = self.config.center_sampling_radius * grid.nominal_stride
             column, far_x, near_x = _along_axis(boxes[:, 0], boxes[:, 2], (grid.width, grid.stride_x), reach)
             row, far_y, near_y = _along_axis(boxes[:, 1], boxes[:, 3], (grid.height, grid.stride_y), reach)
-            far = torch.maximum(far_y[:, :, None], far_x[:, None, :])
+            far = torch.maximum(far_y[:, :, None], far_x[:, None, :])  # (M, rows, columns)
             near = near_y[:, :, None] & near_x[:, None, :] & (far > lower) & (far < upper)
             cell = first + row[:, :, None] * grid.width + column[:, None, :]
             yield cell.flatten(1), near.flatten(1)
@@ -148,7 +156,7 @@ def _along_axis(low: Tensor, high: Tensor, cells: tuple[int, int], reach: float)
     center = (low + high) / 2
     span = int(2 * reach / stride) + 2
     start = ((center - reach) / stride).floor().long() if span < count else torch.zeros_like(low, dtype=torch.long)
-    index = start[:, None] + torch.arange(min(span, count), device=low.device)
+    index = start[:, None] + torch.arange(min(span, count), device=low.device)  # (M, k)
     at = (index * stride).to(low.dtype)
     to_low, to_high = at - low[:, None], high[:, None] - at
     inside = (torch.minimum(to_low, to_high) > 0) & (index >= 0) & (index < count)

@@ -58,10 +58,11 @@ class KeypointRcnnHead(FasterRcnnHead):
         visible = [_keypoints(t)[m, :, 2].gt(0).any(1) for t, m in zip(targets, rois.matched, strict=True)]
         rois = rois.select(visible)
         logits = self.keypoint_logits(features, rois.boxes)
-        truth = torch.cat([_keypoints(t)[m] for t, m in zip(targets, rois.matched, strict=True)])
+        truth = torch.cat([_keypoints(t)[m] for t, m in zip(targets, rois.matched, strict=True)])  # (R, K, 3)
+        # A keypoint's class is its cell in the heat map; one outside its RoI has none, and is not learned.
         cells, valid = keypoints_to_heatmap(truth.to(logits.dtype), torch.cat(rois.boxes), logits.shape[-1])
-        valid = valid.bool()
-        loss = F.cross_entropy(logits.flatten(2)[valid], cells[valid], reduction="sum")
+        valid = valid.bool()  # (R, K)
+        loss = F.cross_entropy(logits.flatten(2)[valid], cells[valid], reduction="sum")  # over (R, K, side²)
         return {"loss_keypoint": loss / count_for(loss, int(valid.sum()))}
 
     def branch_decode(self, features: dict[str, Tensor], boxes: list[Tensor], predictions: list[Predictions]) -> None:

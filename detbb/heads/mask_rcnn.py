@@ -59,10 +59,11 @@ class MaskRcnnHead(FasterRcnnHead):
         """
         rois = rois.select([_masks(t).flatten(1).any(1).bool()[m] for t, m in zip(targets, rois.matched, strict=True)])
         logits = self.mask_logits(features, rois.boxes)
-        labels, side = torch.cat(rois.labels), logits.shape[-1]
+        labels, side = torch.cat(rois.labels), logits.shape[-1]  # (R,)
         per_image = zip(targets, rois.boxes, rois.matched, strict=True)
+        # (R, side, side): each object's mask, cut to its RoI and resized
         truth = torch.cat([project_masks_on_boxes(_masks(t), b, m, side) for t, b, m in per_image])
-        chosen = logits[torch.arange(len(labels), device=labels.device), labels]
+        chosen = logits[torch.arange(len(labels), device=labels.device), labels]  # (R, side, side)
         loss = F.binary_cross_entropy_with_logits(chosen, truth, reduction="sum")
         return {"loss_mask": loss / (count_for(loss, len(labels)) * side**2)}
 

@@ -15,7 +15,8 @@ from detbb.config.schema import Share, at_most
 from detbb.core.errors import UserError
 from detbb.distributed.collectives import shared_count
 from detbb.heads.base import HeadSpec
-from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, batch_boxes, tower_norm
+from detbb.heads.dense import DenseConfig, DenseHead, DenseOutput, batch_boxes
+from detbb.modeling.norm import norm_layer
 from detbb.modeling.precision import at_least_fp32
 from detbb.structures.batch import Batch, ImageSize
 
@@ -46,7 +47,7 @@ class RetinaNetHead(DenseHead):
             for level in self.picked_levels
         )
         self.anchor_generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-        norm = tower_norm(config.norm)
+        norm = norm_layer(config.norm)
         self.classification_head = RetinaNetClassificationHead(
             self.in_channels, 9, self.num_classes, config.prior_probability, norm
         )
@@ -64,15 +65,15 @@ class RetinaNetHead(DenseHead):
 
     def loss(self, output: DenseOutput, batch: Batch) -> dict[str, Tensor]:
         """Focal and L1 loss, each a mean over images of the image's sum over its number of positive anchors."""
-        logits, deltas = at_least_fp32(output.logits), at_least_fp32(output.deltas)
-        anchors = self.anchors(output)
-        boxes, labels, _ = batch_boxes(batch, logits)
-        matched = self.match(batch, anchors)
+        logits, deltas = at_least_fp32(output.logits), at_least_fp32(output.deltas)  # (B, N, C), (B, N, 4)
+        anchors = self.anchors(output)  # (N, 4)
+        boxes, labels, _ = batch_boxes(batch, logits)  # (M, 4), (M,)
+        matched = self.match(batch, anchors)  # (B, N)
         positive = matched >= 0
         # the last row stands in where there is no box, so that all anchors are computed alike and nothing waits
         boxes = torch.cat([boxes, torch.ones_like(anchors[:1]).cumsum(1)])
         labels = torch.cat([labels, labels.new_zeros(1)])
-        matched_box = torch.where(positive, matched, len(boxes) - 1).flatten()
+        matched_box = torch.where(positive, matched, len(boxes) - 1).flatten()  # (B N,)
 
         rows, shown = torch.arange(len(matched_box), device=matched.device), positive.flatten().to(logits.dtype)
         cls_loss = self.focal_loss(logits.flatten(0, 1), rows, labels[matched_box], shown).view_as(matched)
@@ -98,7 +99,7 @@ class RetinaNetHead(DenseHead):
             if len(target.boxes) == 0:
                 rows.append(torch.full((len(anchors),), BACKGROUND, device=anchors.device))
                 continue
-            iou = box_iou(target.boxes.to(anchors.dtype), anchors)
+            iou = box_iou(target.boxes.to(anchors.dtype), anchors)  # (n, N)
             best_iou, best = iou.max(0)
             unsure = torch.where(best_iou < self.config.background_iou, BACKGROUND, IGNORED)
             is_best_of_a_box = (iou == iou.amax(1, keepdim=True)).any(0)

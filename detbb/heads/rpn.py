@@ -105,9 +105,10 @@ class Rpn(nn.Module):
 
     def forward(self, features: dict[str, Tensor]) -> RpnOutput:
         maps = [features[level] for level in self.levels]
-        objectness, deltas = self.head(maps)
+        objectness, deltas = self.head(maps)  # of each level (B, A, h, w) and (B, 4 A, h, w), A anchors a cell
         objectness = [at_least_fp32(o) for o in objectness]
         deltas = [at_least_fp32(d) for d in deltas]
+        # As in torchvision, a level's stride is what divides the padded image, not the nominal one.
         batch, (height, width) = len(maps[0]), (side * self.stride for side in maps[0].shape[-2:])
         grids = [list(f.shape[-2:]) for f in maps]
         generator = self.rules["train"].anchor_generator
@@ -121,7 +122,7 @@ class Rpn(nn.Module):
     def proposals(self, output: RpnOutput, sizes: list[ImageSize], use: Literal["train", "test"]) -> list[Tensor]:
         """(n, 4) xyxy for each image, inside it, best first. No gradient goes through them."""
         rules = self.rules[use]
-        boxes = rules.box_coder.decode(output.deltas.flatten(0, 1), [output.anchors] * len(sizes))
+        boxes = rules.box_coder.decode(output.deltas.flatten(0, 1), [output.anchors] * len(sizes))  # (B N, 1, 4)
         hw = [s.hw for s in sizes]
         return rules.filter_proposals(boxes.view(len(sizes), -1, 4), output.objectness, hw, output.level_counts)[0]
 
@@ -129,11 +130,11 @@ class Rpn(nn.Module):
         """`loss_rpn_cls` and `loss_rpn_loc`, both over the number of sampled anchors."""
         rules, anchors = self.rules["train"], output.anchors
         boxes = [{"boxes": t.boxes.to(anchors)} for t in targets]
-        labels, matched = rules.assign_targets_to_anchors([anchors] * len(targets), boxes)
+        labels, matched = rules.assign_targets_to_anchors([anchors] * len(targets), boxes)  # of each image (N,), (N, 4)
         logits, truth, deltas, regression = [], [], [], []
         for i, target in enumerate(targets):
             positive, negative = self.sampler(labels[i], target.seed)
-            sampled = torch.cat([positive, negative])
+            sampled = torch.cat([positive, negative])  # objectness learns both, the deltas only the positives
             logits.append(output.objectness[i, sampled])
             truth.append(labels[i][sampled].to(logits[-1]))
             deltas.append(output.deltas[i, positive])

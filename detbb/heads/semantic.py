@@ -14,8 +14,8 @@ from detbb.config.schema import HeadConfig, Norm
 from detbb.data.formats.semantic import IGNORE
 from detbb.distributed.collectives import shared_count
 from detbb.heads.base import Evaluator, Head, HeadSpec
-from detbb.heads.dense import tower_norm
 from detbb.metrics.evaluators import SemanticEvaluator
+from detbb.modeling.norm import norm_layer
 from detbb.modeling.precision import at_least_fp32
 from detbb.structures.annotations import Annotations
 from detbb.structures.batch import Batch, ImageSize
@@ -49,7 +49,7 @@ class SemanticHead(Head):
         self.picked_levels = spec.pick(config.levels)
         self.convs = nn.ModuleDict(
             {
-                level: Conv2dNormActivation(spec.channels[level], config.channels, norm_layer=tower_norm(config.norm))
+                level: Conv2dNormActivation(spec.channels[level], config.channels, norm_layer=norm_layer(config.norm))
                 for level in self.picked_levels
             }
         )

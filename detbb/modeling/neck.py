@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from detbb.config.schema import NeckConfig
 from detbb.core.errors import unknown_name
-from detbb.modeling.norm import norm_layer
+from detbb.modeling.norm import NormLayer, norm_layer
 
 FINE = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}  # made from the backbone's stage of this stride
 COARSE = {"pool": 64, "p6": 64, "p7": 128}  # made from p5; their strides
@@ -59,7 +59,7 @@ class Fpn(nn.Module):
         *,
         levels: Sequence[str],
         out_channels: int,
-        norm_layer: Callable[[int], nn.Module] | None = None,
+        norm_layer: NormLayer | None = None,
     ) -> None:
         super().__init__()
         asked = set(levels) - set(strides)
@@ -129,5 +129,5 @@ def build_neck(
     stages_needed(levels, config.type, strides)
     if config.type == "none":
         return NoNeck(backbone_channels, strides)
-    norm = norm_layer(config.norm) if config.norm else None
+    norm = norm_layer(config.norm)
     return Fpn(backbone_channels, strides, levels=levels, out_channels=config.channels, norm_layer=norm)

@@ -145,7 +145,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, max(channels // 2, 1)), channels)
 
 
-NORM_TYPES: dict[str, Callable[[int], nn.Module]] = {
+NormLayer = Callable[[int], nn.Module]  # channels -> module
+NORM_TYPES: dict[str, NormLayer] = {
     "bn": nn.BatchNorm2d,
     "frozen_bn": FrozenBatchNorm2d,
     "sync_bn": SyncBatchNorm,
@@ -153,11 +154,11 @@ NORM_TYPES: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def norm_layer(norm: str | None) -> Callable[[int], nn.Module]:
-    """The callable channels -> module for `bn`, `frozen_bn`, `sync_bn` or `gn`."""
-    if norm not in NORM_TYPES:
-        raise unknown_name("norm", str(norm), NORM_TYPES)
-    return NORM_TYPES[norm]
+def norm_layer(norm: str | None) -> NormLayer | None:
+    """The callable channels -> module for `bn`, `frozen_bn`, `sync_bn` or `gn`; None for None."""
+    if norm is not None and norm not in NORM_TYPES:
+        raise unknown_name("norm", norm, NORM_TYPES)
+    return NORM_TYPES[norm] if norm else None
 
 
 _NORMS = (

@@ -16,7 +16,7 @@ import torchvision
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from detbb.core.errors import UserError
+from detbb.core.errors import UserError, some
 from detbb.core.files import BadFile, load_tensors
 from detbb.modeling.numpy_pickle import read_arrays
 
@@ -83,7 +83,7 @@ class Coverage:
         lines = [f"backbone weights from {self.source}", f"{'':12}{'tensors':>8}{'parameters':>13}{'%':>8}"]
         for kind, sizes in self.sizes.items():
             row = f"{kind:12}{len(sizes):8}{sum(sizes.values()):13,}{100 * self.share(kind):8.2f}"
-            lines.append(row + ("" if kind == "loaded" else f"  {_some(sizes)}").rstrip())
+            lines.append(row + ("" if kind == "loaded" else f"  {some(sizes, 4)}").rstrip())
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -103,7 +103,7 @@ def load_backbone_weights(backbone: nn.Module, source: str) -> Coverage:
     else:
         state, notes = to_torchvision(read_tensors(Path(source)))
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise UserError(f"backbone.weights: {source}: NaN or infinite values in {_some(broken)}")
+        raise UserError(f"backbone.weights: {source}: NaN or infinite values in {some(broken, 4)}")
     coverage = load_part(backbone, state, source=source)
     coverage.notes[:0] = notes
     return coverage
@@ -129,10 +129,11 @@ def load_part(module: nn.Module, state: dict[str, Tensor], *, prefix: str = "", 
             unused = not prefix and stage not in stages and (stage == "fc" or stage.startswith("layer"))
             part.sizes["not used" if unused else "unexpected"][name] = tensor.numel()
     if part.share("loaded") < MIN_COVERAGE:
+        missing, wrong = (some(part.sizes[kind], 4) for kind in ("missing", "wrong shape"))
         raise UserError(
             f"backbone.weights: {source} covers {100 * part.share('loaded'):.1f} % of "
             f"{getattr(module, 'arch', prefix.rstrip('.'))}, at least {100 * MIN_COVERAGE:.0f} % are needed; missing: "
-            f"{_some(part.sizes['missing'])}; wrong shape: {_some(part.sizes['wrong shape'])}; it has: {_some(state)}"
+            f"{missing}; wrong shape: {wrong}; it has: {some(state, 4)}"
         )
     counters = {k: v for k, v in state.items() if k.endswith("num_batches_tracked")}
     module.load_state_dict({**counters, **{k: state[k] for k in part.sizes["loaded"]}}, strict=False)
@@ -238,8 +239,3 @@ def _account_for_statistics(state: dict[str, Tensor], wanted: Mapping[str, Tenso
         )
     if has and not needs:
         notes.append("the file's running statistics have no place in this norm: features differ from the original's")
-
-
-def _some(names: Any, most: int = 4) -> str:
-    shown = ", ".join(list(names)[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"

@@ -37,7 +37,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
         )
     if config.norm is not None and not backbone.takes_norm:
         raise UserError(f"backbone.norm: {config.norm!r}, but {config.arch} has norms of its own; valid is null")
-    return backbone(config.arch, norm_layer=norm_layer(config.norm) if config.norm else None)  # type: ignore[call-arg]
+    return backbone(config.arch, norm_layer=norm_layer(config.norm))  # type: ignore[call-arg]
 
 
 def _is_backbone(found: object) -> bool:

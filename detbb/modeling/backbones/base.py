@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
 from detbb.core.errors import UserError, unknown_name
-
-NormLayer = Callable[[int], nn.Module]  # channels -> module
 
 
 class Backbone(nn.Module):

@@ -11,7 +11,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detbb.core.errors import printable, unknown_name
 from detbb.distributed.collectives import rank
-from detbb.modeling.backbones.base import Backbone, NormLayer
+from detbb.modeling.backbones.base import Backbone
+from detbb.modeling.norm import NormLayer
 from detbb.modeling.weights import load_backbone_weights
 
 ARCHS = tuple(
@@ -27,7 +28,7 @@ class ResNet(Backbone):
 
     aliases: ClassVar = {"stem": ("conv1", "bn1", "relu", "maxpool")}
 
-    def __init__(self, arch: str, *, norm_layer: NormLayer) -> None:
+    def __init__(self, arch: str, *, norm_layer: NormLayer | None) -> None:
         super().__init__(arch)
         self.stages = ("stem", *STRIDES)
         resnet = torchvision.models.get_model(arch, weights=None, norm_layer=norm_layer)
@@ -48,7 +49,7 @@ class C4Head(nn.Sequential):
 def build_resnet(
     arch: str,
     *,
-    norm_layer: NormLayer = nn.BatchNorm2d,
+    norm_layer: NormLayer | None = nn.BatchNorm2d,
     weights: str | None = None,
     out: Sequence[str] = ("layer2", "layer3", "layer4"),
 ) -> Backbone:
@@ -73,7 +74,7 @@ def build_resnet(
 
 
 def build_resnet_c4(
-    arch: str, *, norm_layer: NormLayer = nn.BatchNorm2d, weights: str | None = None
+    arch: str, *, norm_layer: NormLayer | None = nn.BatchNorm2d, weights: str | None = None
 ) -> tuple[Backbone, C4Head]:
     """(the backbone up to layer3, layer4 as the RoI head), both with `weights`.
 
