@@ -96,7 +96,7 @@ class Head(nn.Module):
 
     @classmethod
     def levels(cls, config: Any) -> tuple[str, ...]:
-        """The feature levels it reads: `layer1 … layer4` of the backbone, `p2 … p7` and `pool` of the FPN."""
+        """The feature levels it reads: stages of the backbone, `p2 … p7` and `pool` of the FPN."""
         return tuple(config.levels)
 
     def forward(self, features: dict[str, Tensor], sizes: list[ImageSize]) -> HeadOutput:
@@ -116,11 +116,9 @@ class Head(nn.Module):
         """(B, h, w) bool for a level: true where a cell shows the image itself, false in the padding."""
         (height, width), device = features[level].shape[-2:], features[level].device
         own = torch.tensor([self.own_cells(level, size) for size in sizes], device=device)  # (B, 2)
-        rows, columns = (
-            torch.arange(height, device=device) < own[:, :1],
-            torch.arange(width, device=device) < own[:, 1:],
-        )
-        return rows[:, :, None] & columns[:, None, :]  # (B, h, 1) and (B, 1, w)
+        rows = torch.arange(height, device=device) < own[:, :1]  # (B, h)
+        columns = torch.arange(width, device=device) < own[:, 1:]  # (B, w)
+        return rows[:, :, None] & columns[:, None, :]
 
     def loss(self, output: HeadOutput, batch: Batch) -> dict[str, Tensor]:
         """Scalars () by name (`loss_cls`, `loss_box_reg`, …), in float32 at least; all are summed.
