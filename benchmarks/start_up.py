@@ -4,8 +4,8 @@
     python benchmarks/start_up.py --like lvis         # 100,000 images, 1,270,000 objects of 1,203 classes
     python benchmarks/start_up.py --images 20000 --repeats 1 --json start_up.json
 
-Seconds, memory held afterwards and at its peak; then what a sample costs the sampler, and how much a worker process
-grows over 2,000 samples.
+Seconds, memory held afterwards and at its peak, each with the median of its ratios to the `COCO(file)` just before it;
+then what a sample costs the sampler, and how much a worker process grows over 2,000 samples.
 """
 
 from __future__ import annotations
@@ -150,7 +150,8 @@ def main() -> None:
     rows = []
     for name, runs in found.items():
         row = {"case": f"{options.like}, {name}"} | {k: statistics.median(r[k] for r in runs) for k in runs[0]}
-        row |= {f"{k}_ratio": row[k] / statistics.median(r[k] for r in found["COCO()"]) for k in runs[0]}
+        ratios = [{k: r[k] / peer[k] for k in r} for r, peer in zip(runs, found["COCO()"], strict=True)]
+        row |= {f"{k}_ratio": statistics.median(r[k] for r in ratios) for k in runs[0]}
         rows.append(row)
         parts = [f"{row[k]:9.1f} {k.replace('_', ' ')} ({row[f'{k}_ratio']:.2f} x)" for k in runs[0]]
         print(f"{row['case']:<22} {'   '.join(parts)}", flush=True)

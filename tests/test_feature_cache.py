@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import json
 import os
 import signal
 from pathlib import Path
@@ -20,7 +19,7 @@ from runs import learned, lines, tiny_config
 from detbb.config.schema import DataConfig
 from detbb.core.errors import Stopped, UserError
 from detbb.data import feature_store
-from detbb.data.feature_store import FILE, Plan, Store, folder_name, open_folder
+from detbb.data.feature_store import FILE, Plan, Store, open_folder
 from detbb.data.formats import read_split
 from detbb.data.loader import train_loader
 from detbb.data.sample import SampleReader
@@ -235,10 +234,10 @@ def hits(store, reader):
 @pytest.fixture
 def on_disk(tmp_path, source):
     """Opens the store again, as a new run does."""
-    folder = open_folder(tmp_path / "cache", {"what": 1}, PLAN)
+    folder = open_folder(tmp_path / "cache", "what 1", PLAN)
     assert hits(Store(PLAN, folder), source) == [False] * 4
     filled(Store(PLAN, folder), source)
-    return lambda: Store(PLAN, open_folder(tmp_path / "cache", {"what": 1}, PLAN)), folder
+    return lambda: Store(PLAN, open_folder(tmp_path / "cache", "what 1", PLAN)), folder
 
 
 def test_a_new_run_finds_what_was_stored(on_disk, source):
@@ -305,7 +304,7 @@ BUGS = {  # what is planted, and what it gives for an altered image, altered byt
 def test_a_planted_bug_gives_hits_that_are_stale(bug, tmp_path, source, monkeypatch):
     name, planted, expected = BUGS[bug]
     monkeypatch.setattr(feature_store, name, planted)
-    folder = open_folder(tmp_path / "cache", {}, PLAN)
+    folder = open_folder(tmp_path / "cache", "", PLAN)
     filled(Store(PLAN, folder), source)
     spoil(folder / FILE, "features")
     source.path(1).write_bytes(source.path(2).read_bytes())
@@ -314,7 +313,7 @@ def test_a_planted_bug_gives_hits_that_are_stale(bug, tmp_path, source, monkeypa
 
 def test_a_store_is_a_safetensors_file_that_says_what_it_is_of(on_disk):
     with safetensors.safe_open(on_disk[1] / FILE, "np") as file:
-        assert json.loads(file.metadata()["about"]) == {"what": 1}
+        assert file.metadata()["about"] == "what 1"
         assert file.get_tensor("index").any(1).all() and file.get_tensor("features").shape == (4, PLAN.record)
 
 
@@ -322,31 +321,31 @@ def test_folders_unused_for_a_month_are_removed_and_others_kept(on_disk, tmp_pat
     (tmp_path / "cache" / "mine").mkdir()
     for folder in (tmp_path / "cache").iterdir():
         os.utime(folder, (1, 1))
-    used = open_folder(tmp_path / "cache", {"what": 2}, PLAN)
+    used = open_folder(tmp_path / "cache", "what 2", PLAN)
     assert {f.name for f in (tmp_path / "cache").iterdir()} == {"mine", used.name}
 
 
 def test_an_entry_whose_row_was_not_written_yet_is_no_hit(tmp_path, source):
     """A kill between data and index."""
-    store = Store(PLAN, open_folder(tmp_path / "cache", {"what": 2}, PLAN))
+    store = Store(PLAN, open_folder(tmp_path / "cache", "what 2", PLAN))
     entry = store.find(source, 0, 0)
     store._write(entry.slot, torch.rand(PLAN.record // 4).view(torch.uint8).numpy())
     assert not store.find(source, 0, 0).is_stored
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    folder = open_folder(tmp_path / "cache", {"what": 1}, PLAN)
+    folder = open_folder(tmp_path / "cache", "what 1", PLAN)
     with pytest.raises(UserError, match="is not what this run would write there; remove it"):
-        open_folder(tmp_path / "cache", {"what": 1}, dataclasses.replace(PLAN, images=5))
+        open_folder(tmp_path / "cache", "what 1", dataclasses.replace(PLAN, images=5))
     with open(folder / FILE, "r+b") as file:
         file.write(bytes(9))
     with pytest.raises(UserError, match="remove it"):
-        open_folder(tmp_path / "cache", {"what": 1}, PLAN)
+        open_folder(tmp_path / "cache", "what 1", PLAN)
 
 
 def _name(config, detector, reader):
     cache, _ = cache_setup._plan(config, detector, detector.frozen, source="made", annotations=reader.annotations)
-    return folder_name(cache_setup._about(config, detector, "made", cache, reader))
+    return cache_setup._about(config, detector, "made", cache, reader)
 
 
 def _change_weight(config, detector, reader):

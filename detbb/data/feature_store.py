@@ -7,14 +7,13 @@ stored bytes are those of its row in the index. So a kill, a full disk or anothe
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -63,7 +62,7 @@ class Store:
         self.plan = plan
         if folder is None:
             self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 the maps live as long as the store
-            _lay_out(self._file, plan, {})
+            _lay_out(self._file, plan, "")
         else:
             self._file = open(folder / FILE, "r+b")  # noqa: SIM115
         self._file.seek(0)
@@ -134,12 +133,12 @@ class Store:
             return b""
 
 
-def open_folder(root: Path, about: Mapping[str, Any], plan: Plan) -> Path:
+def open_folder(root: Path, about: str, plan: Plan) -> Path:
     """The folder of records that depend on `about`, made on first use; it appears whole or not at all.
 
     Raises: UserError: it cannot be made, or holds something else.
     """
-    folder, start = root / folder_name(about), _header(plan, about)
+    folder, start = root / cache.key(about), _header(plan, about)
 
     def fill(unfinished: Path) -> None:
         with open(unfinished / FILE, "wb") as file:
@@ -158,17 +157,13 @@ def open_folder(root: Path, about: Mapping[str, Any], plan: Plan) -> Path:
     return folder
 
 
-def folder_name(about: Mapping[str, Any]) -> str:
-    return cache.key(json.dumps(about, sort_keys=True))
-
-
-def _header(plan: Plan, about: Mapping[str, Any]) -> bytes:
+def _header(plan: Plan, about: str) -> bytes:
     sizes = {"index": _ROW, "features": plan.record}
     arrays = {name: np.broadcast_to(np.uint8(0), (plan.slots, size)) for name, size in sizes.items()}
-    return cache.header(arrays, {"about": json.dumps(about, sort_keys=True)})
+    return cache.header(arrays, {"about": about})
 
 
-def _lay_out(file: IO[bytes], plan: Plan, about: Mapping[str, Any]) -> None:
+def _lay_out(file: IO[bytes], plan: Plan, about: str) -> None:
     """Make `file` hold no record yet; it takes space as it is filled."""
     start = _header(plan, about)
     file.write(start)

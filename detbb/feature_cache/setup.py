@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -17,8 +16,9 @@ import torch
 
 from detbb.config.phases import Phase
 from detbb.config.schema import Config
+from detbb.core import cache
 from detbb.core.errors import UserError
-from detbb.data.feature_store import Plan, Store, folder_name, open_folder
+from detbb.data.feature_store import Plan, Store, open_folder
 from detbb.data.sample import SampleReader
 from detbb.detector import Detector
 from detbb.distributed.collectives import raise_on_all_ranks
@@ -75,7 +75,7 @@ def with_cache(
             found = _plans(config, detector, data, detector.frozen)
             names = {s: _about(config, detector, s, plan, reader) for s, (plan, reader) in found.items()}
             plans = {source: plan for source, (plan, _) in found.items()}
-            if wanted == "memory" or not all((root / folder_name(about)).exists() for about in names.values()):
+            if wanted == "memory" or not all((root / cache.key(about)).exists() for about in names.values()):
                 _check_room(config, list(plans.values()))
                 if wanted == "auto":
                     _check_pays(config, plans, steps)
@@ -157,8 +157,8 @@ def _root(config: Config) -> Path:
     return Path(config.train.cache_dir or Path(config.output_dir).parent / "feature_cache")
 
 
-def _about(config: Config, detector: Detector, source: str, plan: Plan, reader: SampleReader) -> dict[str, Any]:
-    """Everything that a source's features depend on besides the bytes of its images."""
+def _about(config: Config, detector: Detector, source: str, plan: Plan, reader: SampleReader) -> str:
+    """Everything that a source's features depend on besides the bytes of its images, as JSON."""
     last, data, train = last_frozen(detector), config.data[source], config.train
     state = detector.state_dict()
     parts = {"backbone": detector.backbone} | ({"neck": detector.neck} if last == "neck" else {})
@@ -167,27 +167,20 @@ def _about(config: Config, detector: Detector, source: str, plan: Plan, reader: 
     if reader.transform.flips is None or reader.transform.draws_size:
         augmented |= {"views": data.views, "seed": config.seed}
     annotations = reader.annotations
-    listed = hashlib.sha256("\0".join(annotations.file_names).encode("utf-8", "surrogateescape"))
-    for array in (annotations.sizes, annotations.image_ids):
-        listed.update(np.ascontiguousarray(array).data)
     about = {
-        "format": 1,
-        "frozen": _hash(digests(state, names)),
-        "modules": _hash([repr(part) for part in parts.values()]),
+        "format": 2,
+        "frozen": cache.key(digests(state, names)),
+        "modules": cache.key(*parts.values()),
         "input": [detector.pixel_mean.flatten().tolist(), detector.pixel_std.flatten().tolist(), plan.hw],
         "after": last,
         "levels": plan.levels,
         "stored as": str(plan.dtype),
         "computed": [train.precision, train.fold_frozen, train.compile, detector.pixel_mean.device.type],
         "augment": augmented,
-        "images": listed.hexdigest(),
+        "images": cache.key([*annotations.file_names], annotations.sizes, annotations.image_ids),
         "versions": {name: getattr(importlib.import_module(name), "__version__", "") for name in _VERSIONS},
     }
-    return json.loads(json.dumps(about, default=str))
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps(about, sort_keys=True, default=str)
 
 
 def _line(source: str, store: Store, where: str) -> str:
