@@ -7,6 +7,7 @@ pages stay shared and memory does not grow with the number of workers.
 from __future__ import annotations
 
 import copy
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress
@@ -61,7 +62,8 @@ class Segments:
         return segments
 
     def _fill(self, runs: Iterable[tuple[Sequence[Segmentation], np.ndarray | None]]) -> None:
-        xy, all_lengths, counts = [], [], []  # flat coordinates; numbers a polygon; polygons an object
+        xy = array("d")  # flat coordinates; it grows in its place, where joining arrays would take twice their memory
+        all_lengths, counts = [], []  # numbers a polygon; polygons an object
         codes: dict[int, tuple[int, int, bytes]] = {}
         unfit, size = [], 0
         for items, sizes in runs:
@@ -77,12 +79,13 @@ class Segments:
             areas = all_lengths[-1] >= 6
             if not areas.all():
                 polygons = list(compress(polygons, areas))
-            xy.append(np.fromiter(chain.from_iterable(polygons), np.float64, int(all_lengths[-1][areas].sum())))
+            numbers = np.fromiter(chain.from_iterable(polygons), np.float64, int(all_lengths[-1][areas].sum()))
+            xy.frombytes(numbers.view(np.uint8).data)
             size += len(items)
         lengths, owners = np.concatenate(all_lengths), np.repeat(np.arange(size), np.concatenate(counts))
         self.wrong = np.union1d(unfit, owners[lengths % 2 == 1]).astype(np.int64)
         lengths, owners = lengths[lengths >= 6], owners[lengths >= 6]
-        self._xy = np.concatenate(xy)
+        self._xy = np.frombuffer(xy, np.float64)
         self._polygon_first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self._first = np.searchsorted(owners, np.arange(size + 1)).astype(np.int64)
         self._rle_rows = np.array(list(codes), dtype=np.int64)
