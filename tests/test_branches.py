@@ -311,7 +311,7 @@ def test_show_says_what_is_inside(trained, merged, files):
     text = printed(show(merged))
     for word in ("6, in phase 0", "6 updates", "heads.second, heads.third", "torch 2", "circle, rectangle, triangle"):
         assert word in text, word
-    assert "semantic (inherited)" in text and "fcos (inherited_heads" not in text
+    assert "semantic (inherited)" in text and "fcos (inherited" not in text
     detector = load_detector(merged)
     assert f"{sum(p.numel() for p in detector.parameters()):,}" in text
     branch = printed(show(files["second"]))
