@@ -136,7 +136,7 @@ def test_streams_of_a_coco_sized_set_are_all_different() -> None:
 def test_sources_take_turns_by_weight_and_prefixes_are_stable() -> None:
     schedule = SourceSchedule({"a": 2, "b": 1, "c": 0.5})
     late = [schedule.source_at(s) for s in range(70)]
-    assert [SourceSchedule({"a": 2, "b": 1, "c": 0.5}).at(s) for s in (69, 3)] == [late[69], late[3]]
+    assert [SourceSchedule({"a": 2, "b": 1, "c": 0.5}).source_at(s) for s in (69, 3)] == [late[69], late[3]]
     assert Counter(n for n, _ in late) == {"a": 40, "b": 20, "c": 10}
     for name in "abc":
         assert [t for n, t in late if n == name] == list(range(sum(n == name for n, _ in late)))
@@ -147,7 +147,7 @@ def test_sources_take_turns_by_weight_and_prefixes_are_stable() -> None:
             SourceSchedule({"a": weight})
 
 
-def test_turns_are_counted_across_phases_that_change_the_sources() -> None:
+def test_visits_are_counted_across_phases_that_change_the_sources() -> None:
     """Source a alone, a and b, b alone, all: no turn comes twice, none is left out, and prefixes stay."""
     phases = [(0, ["a"]), (10, ["b", "a"]), (30, ["b"]), (35, ["a", "b", "c"])]
     schedule = SourceSchedule({"a": 1, "b": 1, "c": 2}, phases)
@@ -157,9 +157,9 @@ def test_turns_are_counted_across_phases_that_change_the_sources() -> None:
     assert found[9:12] == [("a", 9), ("a", 10), ("b", 0)] and {n for n, _ in found[30:35]} == {"b"}
     assert Counter(n for n, _ in found[10:30]) == {"a": 10, "b": 10}
     assert Counter(n for n, _ in found[35:]) == {"a": 10, "b": 10, "c": 20}
-    assert SourceSchedule({"a": 1, "b": 1, "c": 2}, phases).at(74) == found[74]
+    assert SourceSchedule({"a": 1, "b": 1, "c": 2}, phases).source_at(74) == found[74]
     assert [SourceSchedule({"a": 3, "b": 1}, [(0, ["a", "b"])]).at(s) for s in range(20)] == [
-        SourceSchedule({"a": 3, "b": 1}).at(s) for s in range(20)
+        SourceSchedule({"a": 3, "b": 1}).source_at(s) for s in range(20)
     ]
 
 
@@ -323,7 +323,7 @@ while True:
 
 def test_workers_ignore_signals_and_end_with_their_parent(folder: Path) -> None:
     tests = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests / "support"), str(tests.parent)])}
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE, env=environment, text=True
     )

@@ -43,7 +43,7 @@ def test_training_and_evaluation_never_ask_the_network(tmp_path):
     values["train"]["steps"] = 1
     values["schedule"]["warmup_steps"] = 0
     file.write_text(yaml.safe_dump(values))
-    paths = f"{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests')!r}"
+    paths = f"{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests' / 'support')!r}"
     code = WATCHED.replace("PATHS", paths).replace("FILE", repr(str(file)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and done.stdout.endswith("DONE\n"), done.stderr[-2000:]
