@@ -158,7 +158,7 @@ def test_visits_are_counted_across_phases_that_change_the_sources() -> None:
     assert Counter(n for n, _ in found[10:30]) == {"a": 10, "b": 10}
     assert Counter(n for n, _ in found[35:]) == {"a": 10, "b": 10, "c": 20}
     assert SourceSchedule({"a": 1, "b": 1, "c": 2}, phases).source_at(74) == found[74]
-    assert [SourceSchedule({"a": 3, "b": 1}, [(0, ["a", "b"])]).at(s) for s in range(20)] == [
+    assert [SourceSchedule({"a": 3, "b": 1}, [(0, ["a", "b"])]).source_at(s) for s in range(20)] == [
         SourceSchedule({"a": 3, "b": 1}).source_at(s) for s in range(20)
     ]
 
