@@ -6,7 +6,9 @@ import importlib
 import json
 import os
 import re
+import shlex
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +117,26 @@ def test_a_run_leaves_what_the_contract_names(whole):
     assert content["frozen"]["names"] == ["neck"]
 
 
+def test_a_run_says_what_it_is_before_the_first_step_and_what_to_do_after_the_last(whole):
+    text = re.sub(r"^[\d-]+ [\d:]+  ", "", (whole / "log.txt").read_text(), flags=re.MULTILINE)
+    opening, closing = text.split("phase 0")[0], text.rsplit("unchanged to the bit")[-1]
+    for line in (
+        r"detbb [\d.]+, torch \S+, torchvision \S+, python [\d.]+; cpu \(\d+ cores\)",
+        r"command: \S+",
+        r"data.shapes.train: 24 images \(\d+ without objects\), \d+ objects, 3 classes",
+        r"data.shapes.val: 6 images \(",
+        r"24 images / batch 4 = 6 steps an epoch; 10 steps with sgd, lr 0.01, after 3 steps of warm-up, cosine",
+        rf"output: {whole}; best.pt follows shapes/bbox/AP, evaluated every 5 steps",
+    ):
+        assert re.search(f"^{line}", opening, re.MULTILINE), line
+    best = max(lines(whole, "val"), key=lambda record: record["shapes/bbox/AP"])
+    assert f"; best: step {best['step']}, shapes/bbox/AP {best['shapes/bbox/AP']:.1f} (ema weights)" in closing
+    assert re.search(r"^10 steps; this took 0:0\d:\d\d", closing, re.MULTILINE)
+    commands = [shlex.split(line.split(":", 1)[1]) for line in closing.splitlines() if "python tools/" in line]
+    assert [Path(words[1]).stem for words in commands] == ["eval", "predict", "train"]
+    assert all(Path(word).exists() for words in commands for word in words if word.endswith((".pt", ".py", ".yaml")))
+
+
 def test_the_freeze_journal_has_every_phase_with_its_digests(whole):
     phases = json.loads((whole / "freeze.json").read_text())["phases"]
     assert [(p["start"], p["end"], p["freeze"]) for p in phases] == [
@@ -125,7 +147,7 @@ def test_the_freeze_journal_has_every_phase_with_its_digests(whole):
     modules = {row["module"]: row for row in phases[0]["modules"]}
     assert modules["backbone.layer1"]["trained"] == 0 and modules["backbone.layer1"]["statistics"] == "fixed"
     assert modules["heads.shapes"]["ema"] == "yes" and modules["neck"]["ema"] == "no"
-    assert modules["heads.shapes"]["lr"] > 0 and modules["neck"]["lr"] is None
+    assert modules["heads.shapes"]["lr"] == pytest.approx(0.01) and modules["neck"]["lr"] is None
 
 
 def test_eval_of_best_gives_exactly_the_logged_numbers(whole, tmp_path):

@@ -43,7 +43,7 @@ def opening(
         f"{steps} steps with {config.optimizer.type}, lr {config.optimizer.lr:g}{warmup}, {schedule.type}"
     )
     every = f"every {config.eval.every} steps" if config.eval.every else "at the last step"
-    follows = f"best.pt follows {best}, evaluated {every}" if best else "no val: not evaluated, no best.pt"
+    follows = f"best.pt follows {best}, evaluated {every}" if best and val else "no val: not evaluated, no best.pt"
     return [*lines, f"output: {config.output_dir}; {follows}"]
 
 
@@ -53,7 +53,7 @@ def images_per_epoch(config: Config, train: Mapping[str, Annotations]) -> float:
     return max(len(annotations) * turns / config.data[name].weight for name, annotations in train.items())
 
 
-def closing(config: Config, *, steps: int, elapsed: str, best: str) -> list[str]:
+def closing(config: Config, steps: int, elapsed: str, *, best: str) -> list[str]:
     """Lines on how long it took, which step was best by the metric `best`, and what to do next, as commands."""
     folder = Path(config.output_dir)
     lines = [f"{steps} steps; this took {elapsed}"]

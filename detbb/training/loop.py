@@ -32,9 +32,11 @@ from detbb.feature_cache.cache import FeatureCache
 from detbb.feature_cache.frozen_prefix import FrozenPrefix, compiled, last_frozen
 from detbb.freeze import digests
 from detbb.report import freeze_report as report
+from detbb.report import overview
 from detbb.report.tables import summary_table
 from detbb.structures.batch import Batch
 from detbb.training.evaluation import evaluate_run
+from detbb.training.optim import find_schedule
 from detbb.training.signals import StopSignals
 from detbb.training.start import needs_by_source, start_run
 from detbb.training.state import Run, save_checkpoint
@@ -101,7 +103,9 @@ def start_phase(run: Run, phase: Phase) -> None:
     run.no_gradient = {name for name, parameter in detector.named_parameters() if parameter.requires_grad}
     run.turns = dict.fromkeys(phase.sources, 0)
     averaged = list(state.ema.tensors) if state.ema is not None else []
-    rows = report.rows(detector, state.optimizer, lr=run.lr(phase.start), averaged=averaged)
+    schedule = find_schedule(config.schedule.type)  # without warm-up: the rate that a person asked for
+    lr = config.optimizer.lr * schedule(phase.start, config.schedule, run.steps)
+    rows = report.rows(detector, state.optimizer, lr=lr, averaged=averaged)
     notes = report.findings(detector, phase)
     run.log.table(report.PhaseTable(phase, rows))
     for note in notes:
@@ -166,11 +170,13 @@ def log_step(run: Run, result: StepResult, *, lr: float, step_s: float, data_s: 
 
 
 def finish(run: Run) -> None:
-    """The table at the end, what the run left untouched, and where everything is."""
+    """The table at the end, what the run left untouched, what to do next, and where everything is."""
     for table in summary_table(run.metrics, title=f"step {run.step}"):
         run.log.table(table)
-    for proof in run.journal.unchanged(run.state.detector) if rank() == 0 else ():
-        run.log.info(proof)
+    if rank() == 0:
+        proofs = run.journal.unchanged(run.state.detector)
+        for line in [*proofs, *overview.closing(run.config, run.steps, run.log.elapsed, best=run.best_metric())]:
+            run.log.info(line)
     checkpoints, evaluated = ("checkpoints/last.pt", "checkpoints/best.pt"), f"eval/step_{run.step:07d}"
     for name in (*checkpoints, evaluated, "freeze.json", "metrics.jsonl", "tb"):
         if (run.folder / name).exists():

@@ -29,6 +29,7 @@ from detbb.freeze import digest, tensors_of
 from detbb.heads import find_head
 from detbb.modeling.norm import FrozenBatchNorm2d, SyncBatchNorm
 from detbb.modeling.weights import load_backbone_weights
+from detbb.report import overview
 from detbb.report.freeze_report import FreezeJournal
 from detbb.report.log import RunLog
 from detbb.report.writers import find_writers
@@ -85,11 +86,14 @@ def start_run(config: Config, resume: str | None, device: torch.device, stop: St
         ema = Ema(detector, decay=config.ema.decay, warmup_steps=config.ema.warmup_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     state = TrainState(detector, ema, config.train, device, scaler)
-    log = RunLog(folder, config.log.to, resume_step=start.step, rank=rank())
+    epoch_steps = overview.images_per_epoch(config, train_data) / config.train.batch_size
+    log = RunLog(folder, config.log.to, resume_step=start.step, epoch_steps=epoch_steps, rank=rank())
     run = Run(config, folder, phases, train_data, val_data, state, checkpoint_folder, log, journal, stop)
     if start.checkpoint is not None:
         restore(run, start.checkpoint)
-    for line in [*start.notes, *advice(config, detector)]:
+    best = run.best_metric()
+    opening = overview.opening(config, train_data, val_data, steps=run.steps, device=device, best=best)
+    for line in [*opening, *start.notes, *advice(config, detector)]:
         run.log.info(line)
     return run
 
@@ -246,9 +250,7 @@ def total_steps(config: Config, train: Data) -> int:
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None
-    turns = sum(config.data[name].weight for name in train)
-    longest = max(len(a) * turns / config.data[name].weight for name, a in train.items())
-    steps = math.ceil(config.train.epochs * longest / config.train.batch_size)
+    steps = math.ceil(config.train.epochs * overview.images_per_epoch(config, train) / config.train.batch_size)
     length = f"the {steps} steps of train.epochs {config.train.epochs:g}"
     if wrong := [f"{key} {message}" for key, message in check_schedule(config.schedule, steps, length)]:
         raise UserError("; ".join(wrong))
