@@ -66,6 +66,11 @@ def test_masks_colour_their_pixels_in_both_forms() -> None:
         assert (picture[200, 150] == 128).all() and (picture[350, 250] == 128).all()
 
 
+def test_a_picture_without_an_object_of_a_keypoint_head_is_drawn() -> None:
+    given = objects([100, 200, 300, 400], scores=[0.1], keypoints=torch.zeros(1, 3, 3))
+    assert draw_predictions(GRAY, given, CLASSES, threshold=0.5).shape == GRAY.shape
+
+
 def test_keypoints_that_are_absent_are_not_drawn() -> None:
     points = torch.tensor([[[150.0, 250, 1], [250, 350, 0]]])
     picture = draw_predictions(GRAY, objects([100, 200, 300, 400], scores=[0.9], keypoints=points), CLASSES)

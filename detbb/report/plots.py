@@ -102,7 +102,7 @@ def _with_objects(pixels: Tensor, shown: Predictions, classes: Sequence[str], th
         pixels = draw_bounding_boxes(pixels, rim, colors="black", width=line + 2)
         pixels = draw_bounding_boxes(pixels, boxes, colors=colours, width=line)
     if shown.keypoints is not None:
-        for points, colour in zip(shown.keypoints[kept].split(1), colours, strict=True):
+        for points, colour in zip(shown.keypoints[kept][:, None], colours, strict=True):  # (1, K, 3) each
             pixels = _with_keypoints(pixels, points, colour, line)
     canvas = to_pil_image(pixels)
     texts = [classes[label] for label in labels]
