@@ -100,7 +100,7 @@ def tool(monkeypatch, capsys):
     return call
 
 
-def test_branches_trained_apart_predict_as_in_their_own_runs_after_attach(tmp_path, trained, merged):
+def test_branches_trained_apart_predict_the_same_after_attach(tmp_path, trained, merged):
     together = results(merged, tmp_path / "merged")
     assert set(together) == {"first", "second", "third"} and all(json.loads(text) for text in together.values())
     for name, own in (("first", "base"), ("second", "second"), ("third", "third")):
@@ -121,7 +121,7 @@ def test_attach_leaves_all_that_the_checkpoint_holds(trained, merged):
     assert list(after["classes"]) == ["first", "second", "third"] and "pixels" in after["config"]["data"]
 
 
-def test_a_branch_file_is_plain_data_and_holds_what_is_evaluated(trained, files):
+def test_a_branch_file_is_plain_data_of_evaluated_weights(trained, files):
     content = torch.load(files["second"], weights_only=True)
     assert (
         tuple(content) == tuple(BranchForm.model_fields) and content["kind"] == "branch" and content["head"] == "second"

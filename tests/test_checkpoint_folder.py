@@ -132,7 +132,7 @@ def save_under_power_loss(kind: type[CheckpointFolder], folder: Path, scratch: P
     assert len(seen) > 20
 
 
-def test_a_power_loss_at_any_moment_leaves_every_completed_checkpoint(tmp_path):
+def test_a_power_loss_leaves_every_completed_checkpoint(tmp_path):
     save_under_power_loss(CheckpointFolder, tmp_path / "run", tmp_path)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["last.pt", "step_0000008.pt", "step_0000010.pt"]
 
@@ -196,7 +196,7 @@ def test_a_damaged_last_checkpoint_is_passed_over_loudly(tmp_path, damage, reaso
     assert len(passed) == 1 and "step_0000010.pt" in passed[0] and "last.pt" in passed[0] and reason in passed[0]
 
 
-def test_a_foreign_last_checkpoint_is_passed_over_and_a_newer_one_is_used(tmp_path):
+def test_a_foreign_last_checkpoint_is_passed_over(tmp_path):
     made = filled(tmp_path, 2, 4)
     (tmp_path / "last.pt").unlink()
     torch.save({"weights": torch.zeros(2)}, tmp_path / "last.pt")
@@ -221,7 +221,7 @@ def test_steps_count_as_numbers_and_the_newest_are_kept(tmp_path):
     assert made.steps() == [9_999_999, 10_000_000, 10_000_002] and made.newest()[1]["step"] == 10_000_002
 
 
-def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path):
+def test_resuming_an_earlier_checkpoint_sets_later_ones_aside(tmp_path):
     made = filled(tmp_path, 2, 4, 6)
     made.mark_best(6)
     lines = made.make_newest(made.path(4), 4)
@@ -236,7 +236,7 @@ def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path)
     assert read_checkpoint(tmp_path / "step_0000006.pt.aside2")["phase"] == 1
 
 
-def test_going_on_from_a_checkpoint_from_elsewhere_brings_it_into_the_folder(tmp_path):
+def test_resuming_a_checkpoint_from_elsewhere_brings_it_in(tmp_path):
     filled(tmp_path / "old", 4)
     made = CheckpointFolder(tmp_path / "new", 3)
     assert made.make_newest(tmp_path / "old" / "last.pt", 4) == [] and made.newest()[1]["step"] == 4
@@ -283,7 +283,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeyp
     assert "cannot remove" in files.remove_leftovers(tmp_path)[0]
 
 
-def test_a_share_without_permissions_links_and_synced_folders_will_do(tmp_path, monkeypatch):
+def test_a_share_without_permissions_links_or_fsync_will_do(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -307,7 +307,7 @@ class Elsewhere(torch.Tensor):
         return torch.arange(3.0)
 
 
-def test_tensors_are_saved_from_the_cpu_without_a_copy_of_those_there(tmp_path, monkeypatch):
+def test_tensors_on_the_cpu_are_saved_without_a_copy(tmp_path, monkeypatch):
     there = torch.Tensor._make_subclass(Elsewhere, torch.empty(3, device="meta"))
     files.save_tensors(tmp_path / "x.pt", {"model": {"a": there}, "list": [there], "step": 3})
     found = files.load_tensors(tmp_path / "x.pt")

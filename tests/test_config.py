@@ -394,7 +394,7 @@ def train_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(file: Path):
+def test_a_mistake_in_a_command_is_one_line_and_exit_code_2(file: Path):
     for arguments in (["--confg", "x"], ["--config", str(file), "--resume", "train.stpes=5"]):
         done = train_command(*arguments)
         assert (done.returncode, done.stdout) == (2, ""), done.stderr

@@ -57,7 +57,7 @@ def test_the_schema_for_editors_knows_its_keys(path: Path):
 
 
 @each_run
-def test_its_detector_builds_and_its_phases_freeze_what_they_say(path: Path):
+def test_each_config_builds_and_its_phases_freeze_as_said(path: Path):
     config = load_config(path)
     with torch.device("meta"):  # shapes alone: no memory, no time
         detector = build_detector(config, dict.fromkeys(config.heads, CLASSES))

@@ -65,7 +65,7 @@ def whole(tmp_path_factory, images):
     return folder / "run"
 
 
-def test_a_run_killed_at_every_moment_in_turn_ends_with_the_bits_of_the_undisturbed_one(tmp_path, images, whole):
+def test_a_run_killed_at_every_moment_ends_with_the_same_bits(tmp_path, images, whole):
     assert {moment for moment, *_ in ONE_PROCESS} == set(MOMENTS)
     newest = 0
     for moment, number, workers in ONE_PROCESS:

@@ -84,7 +84,7 @@ def test_a_loader_that_starts_later_gives_the_tail(folder: Path) -> None:
             assert same(batches(config, step, 11), whole[step * accumulate :])
 
 
-def test_every_image_comes_once_an_epoch_and_each_time_otherwise(folder: Path) -> None:
+def test_every_image_comes_once_an_epoch_augmented_anew(folder: Path) -> None:
     config = shapes_config(folder, train=32)
     found = batches(config, 0, 12)
     epochs = [[t.image_id for b in found[k : k + 4] for t in b.targets] for k in (0, 4, 8)]
@@ -147,7 +147,7 @@ def test_sources_take_turns_by_weight_and_prefixes_are_stable() -> None:
             SourceSchedule({"a": weight})
 
 
-def test_visits_are_counted_across_phases_that_change_the_sources() -> None:
+def test_visits_count_across_phases_that_change_the_sources() -> None:
     """Source a alone, a and b, b alone, all: no turn comes twice, none is left out, and prefixes stay."""
     phases = [(0, ["a"]), (10, ["b", "a"]), (30, ["b"]), (35, ["a", "b", "c"])]
     schedule = SourceSchedule({"a": 1, "b": 1, "c": 2}, phases)
@@ -239,7 +239,7 @@ def test_bad_images_stop_the_run_or_are_replaced_and_reported(tmp_path: Path, wo
         batches(config, 0, 1)
 
 
-def test_what_stands_in_for_a_bad_image_does_not_change_the_padding(tmp_path: Path) -> None:
+def test_the_stand_in_of_a_bad_image_leaves_the_padding(tmp_path: Path) -> None:
     """Image 0 is small and bad, those after it are larger: each process must know so without reading."""
     sides = [(40, 60), (96, 90), (64, 96), (96, 96)]
     images = [{"id": i + 1, "file_name": f"{i}.png", "height": h, "width": w} for i, (h, w) in enumerate(sides)]

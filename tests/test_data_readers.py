@@ -29,7 +29,7 @@ def equal(a: Annotations, b: Annotations) -> None:
         assert np.allclose(getattr(a, field), getattr(b, field), atol=1e-9), field
 
 
-def test_coco_keeps_ids_with_gaps_crowds_and_images_without_objects(tmp_path: Path) -> None:
+def test_coco_keeps_id_gaps_crowds_and_empty_images(tmp_path: Path) -> None:
     data = read(tmp_path, GOOD)
     assert data.classes == ("car", "zebra") and data.category_ids.tolist() == [3, 90]
     assert data.image_ids.tolist() == [7, 0, 900] and data.sizes.tolist() == [[30, 40], [50, 20], [32, 32]]
@@ -117,7 +117,7 @@ def test_what_cannot_be_repaired_is_refused_with_file_and_id(tmp_path: Path, fau
     assert "annotations.json" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_all_refusals_of_the_boxes_come_at_once_with_the_first_ten_ids(tmp_path: Path) -> None:
+def test_all_bad_boxes_are_refused_at_once_with_ten_ids(tmp_path: Path) -> None:
     wrong = [box(100 + k, 7, [0, 0, -1, 1]) for k in range(12)] + [box(200, 7, [NAN, 0, 1, 1])]
     with pytest.raises(UserError, match=r"1 x box that is not finite.* 200.*12 x box of negative.* 109, …"):
         read(tmp_path, wrong)
@@ -146,7 +146,7 @@ def test_a_class_list_selects_and_orders(tmp_path: Path) -> None:
         read_coco(tmp_path / "images", path, classes=["zebr"])
 
 
-def test_val_follows_the_order_of_train_and_refuses_other_classes(tmp_path: Path) -> None:
+def test_val_follows_the_order_of_train_no_other_classes(tmp_path: Path) -> None:
     for name in ("train", "val", "other"):
         (tmp_path / name).mkdir()
     write_coco(tmp_path / "train", GOOD)
@@ -283,7 +283,7 @@ def read_lines(folder: Path, *lines: str, **options: Any) -> Annotations:
     return data
 
 
-def test_yolo_keypoints_that_are_named_come_in_pixels_beside_their_box(tmp_path: Path) -> None:
+def test_yolo_named_keypoints_come_in_pixels_beside_their_box(tmp_path: Path) -> None:
     lines = ("1 0.5 0.5 0.4 0.2 0.4 0.5 2 0 0 0", "0 0.5 0.5 0.5 0.5 0.25 0.75 1 0.5 0.5 2", "0 0.5 0.5 1 1")
     data = read_lines(tmp_path, *lines, keypoints=["left_eye", "right_eye"])
     assert (
@@ -302,7 +302,7 @@ def test_yolo_data_file_of_ultralytics_names_the_keypoints(tmp_path: Path) -> No
     assert data.keypoint_names == ("0", "1") and data.flip_pairs == ((0, 1),)
 
 
-def test_yolo_oriented_boxes_and_keypoints_that_are_not_named_keep_their_boxes(tmp_path: Path) -> None:
+def test_yolo_oriented_boxes_and_unnamed_keypoints_keep_boxes(tmp_path: Path) -> None:
     oriented = read_lines(tmp_path / "a", "0 0.5 0 1 0.5 0.5 1 0 0.5", "0 .25 .5 .5 .5 .5 .75 .25 .75")
     assert oriented.boxes_xywh.tolist() == [[0, 0, 40, 30], [10, 15, 10, 7.5]] and oriented.has("masks")
     pose = read_lines(tmp_path / "b", *["0 0.5 0.5 0.5 0.5 0.25 0.75 1 0.5 0.5 2"] * 2)

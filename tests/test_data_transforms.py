@@ -95,7 +95,7 @@ def test_boxes_masks_keypoints_and_pixels_stay_together(shapes: Annotations, nam
     assert objects > 50
 
 
-def test_left_and_right_change_places_only_when_the_image_is_mirrored() -> None:
+def test_left_and_right_swap_only_when_the_image_is_mirrored() -> None:
     points = np.array([[[10, 20, 2], [30, 20, 1], [20, 25, 2]]], dtype=np.float32)  # left, right, nose
     sample = Sample(
         np.zeros((40, 60, 3), np.uint8), np.array([[5.0, 5, 35, 35]]), np.zeros(1, np.int64), keypoints=points
@@ -129,7 +129,7 @@ def test_transforms_of_a_list_draw_independently() -> None:
     assert all(np.array_equal(transform(sample, hash_seed(seed)).image, results[seed]) for seed in (79, 3, 41))
 
 
-def test_polygons_are_filled_as_coco_does_and_rle_survives_resizing() -> None:
+def test_polygons_fill_as_in_coco_and_rle_survives_resizing() -> None:
     polygon = [5.0, 5, 60, 9, 50, 70, 8, 44]
     code = coco_mask.merge(coco_mask.frPyObjects([polygon], 80, 100))
     truth = coco_mask.decode(code)
@@ -144,7 +144,7 @@ def test_polygons_are_filled_as_coco_does_and_rle_survives_resizing() -> None:
     assert segments.coco(0) == [polygon] and segments.rle(0) is None and segments.rle(1) is not None
 
 
-def test_run_lengths_are_accepted_exactly_if_they_cover_the_image() -> None:
+def test_run_lengths_are_valid_exactly_if_they_cover_the_image() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         h, w = rng.integers(1, 60, 2).tolist()
@@ -176,7 +176,7 @@ def test_resizing_moves_boxes_and_keypoints_with_the_pixels() -> None:
     assert sample.image[11:19, 16:44].min() > 200 and sample.image[:8].max() == 0
 
 
-def test_crowds_and_slivers_are_left_out_but_crowd_classes_count_for_the_image(tmp_path: Path) -> None:
+def test_crowds_and_slivers_are_dropped_but_crowd_classes_count(tmp_path: Path) -> None:
     data = read(
         tmp_path, [box(1, 7, [1, 1, 10, 10]), box(2, 7, [0, 0, 9, 9], 90, iscrowd=1), box(3, 7, [39.99, 1, 30, 10])]
     )
@@ -195,7 +195,7 @@ def test_a_size_that_disagrees_with_the_file_is_refused(tmp_path: Path) -> None:
         SampleReader(data, source("none"), train=True).read(0)
 
 
-def test_borders_that_a_transform_adds_are_ignored_in_semantic_masks() -> None:
+def test_borders_added_by_a_transform_are_ignored_in_masks() -> None:
     augment = [{"type": "PadIfNeeded", "min_height": 60, "min_width": 90, "p": 1}]
     transform = Transform(source(augment, (40, 60)), train=True, semantic=True)
     sample = Sample(
@@ -243,5 +243,5 @@ def test_transforms_said_to_keep_the_size_do(recwarn: pytest.WarningsRecorder) -
         assert Transform(source([spec], (60, 90)), train=True).changes_size, spec
 
 
-def test_albumentations_is_the_release_the_rules_were_checked_on() -> None:
+def test_albumentations_is_the_release_that_was_checked() -> None:
     assert A.__version__.startswith("2.0.")

@@ -142,7 +142,7 @@ def test_semantic_logits_are_cropped_not_squeezed_to_the_image():
     assert (labels[:, :60] == 0).all() and (labels[:, 61:] == 1).all()  # pixel 60 is cell 7's centre
 
 
-def test_semantic_logits_of_a_coarse_level_cover_the_batch_as_in_the_loss():
+def test_semantic_logits_of_a_coarse_level_cover_the_batch():
     """Each cell covers its 64 pixels: the batch's 96 x 160 end inside the last ones."""
     head, output = make_head(SemanticHead, levels=["p6"]), torch.randn(2, 3, 2, 3)
     batch = make_batch(((90, 150), (96, 160)), padded=(96, 160))
@@ -215,7 +215,7 @@ def annotations_with(labels_per_image: list[list[int]]) -> Annotations:
 
 
 @pytest.mark.parametrize(("labels", "said"), [([[0], [1, 2]], "image 51 .* 2 classes"), ([[0], []], "image 51 .* 0")])
-def test_single_label_classification_refuses_images_without_exactly_one_class(labels, said):
+def test_single_label_classification_needs_exactly_one_class(labels, said):
     with pytest.raises(UserError, match=r"heads\.objects\.multi_label: false, but " + said):
         make_head(ClassifyHead).check_data(annotations_with(labels))
     make_head(ClassifyHead, multi_label=True).check_data(annotations_with(labels))

@@ -326,7 +326,7 @@ def in_threads(function: Any, numbers: tuple[int, ...]) -> dict[int, Any]:
     return found
 
 
-def test_who_does_not_answer_is_named_also_after_a_restart_on_the_same_store() -> None:
+def test_a_silent_process_is_named_also_after_a_restart() -> None:
     """torchrun's store still holds what the processes of the start before had written into it."""
     store = dist.HashStore()
     broken = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:31130")
@@ -368,7 +368,7 @@ def left_alone() -> list[tuple[str, bool]]:
     return found
 
 
-def test_only_a_collective_that_fails_is_blamed_on_another_process() -> None:
+def test_only_a_failed_collective_is_blamed_on_another_process() -> None:
     first, second = run_ranks(left_alone, 2)
     assert [lost for _, lost in first] == [True, True, False, False, False, False], first
     assert [lost for _, lost in second] == [False] * 4, second
@@ -395,7 +395,7 @@ def test_who_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         Members(store, 1, 3, timeout_s=0.1)
 
 
-def test_a_second_signal_ends_a_process_unless_torchrun_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_signal_ends_it_unless_torchrun_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
     for under_torchrun in (True, False):

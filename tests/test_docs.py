@@ -79,7 +79,7 @@ def test_example_of_a_page_is_the_example_file():
     assert any(yaml.safe_load(block.values[0]) == written for block in BLOCKS)
 
 
-def test_data_page_names_every_format_and_everything_that_is_repaired():
+def test_data_page_names_every_format_and_every_repair():
     text = " ".join(page("data").split())
     assert all(f"`{name}`" in text for name in FORMATS)
     assert all(name.replace("JPEG2000", "JPEG 2000").lower() in text.lower() for name in images.FORMATS)

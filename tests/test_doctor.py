@@ -167,7 +167,7 @@ def test_real_data_passes(tmp_path, data_folder):
     assert any("gaps" in fault.kind for _, _, fault in report.rows())
 
 
-def test_a_repaired_copy_keeps_the_objects_of_both_ids_of_a_class_named_twice(tmp_path):
+def test_a_repaired_copy_joins_both_ids_of_a_class_named_twice(tmp_path):
     data = DataSet(tmp_path / "data")
     data.again("train/categories", id=3)
     data.set("train/annotations/2/category_id", 3)

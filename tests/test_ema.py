@@ -17,7 +17,7 @@ from detbb.training.ema import Ema
 STEM = ["backbone.stem", "backbone.layer1"]
 
 
-def test_the_average_equals_a_float64_loop_over_the_weights_of_each_step():
+def test_ema_equals_a_float64_loop_over_the_weights():
     config = small_config()
     config.ema = EmaConfig(decay=0.97, warmup_steps=10)
     state = make_state(config, small_detector(config), STEM)
@@ -33,7 +33,7 @@ def test_the_average_equals_a_float64_loop_over_the_weights_of_each_step():
         assert error <= 1e-6, (name, float(error))
 
 
-def test_ten_thousand_updates_leave_frozen_tensors_untouched_and_unstored():
+def test_10000_updates_leave_frozen_tensors_alone_and_unstored():
     detector = small_detector(small_config()).freeze(["backbone", "neck"])
     before = copy_state(detector)
     ema = Ema(detector, decay=0.9999)
@@ -58,7 +58,7 @@ def test_mutant_multiply_add_drifts_where_lerp_does_not():
     assert (drifting != weight).float().mean() > 0.1
 
 
-def test_newly_frozen_takes_the_live_value_and_newly_trained_starts_from_its_own():
+def test_ema_of_newly_frozen_and_newly_trained_is_live_value():
     config = small_config()
     config.ema = EmaConfig(decay=0.99, warmup_steps=0)
     state = make_state(config, small_detector(config), STEM)
@@ -139,7 +139,7 @@ def test_a_loaded_average_goes_where_its_weights_are():
     ema.update()
 
 
-def test_the_average_follows_tensors_that_were_replaced_and_refuses_those_that_do_not_fit():
+def test_ema_follows_replaced_tensors_and_refuses_misfits():
     module = nn.BatchNorm2d(3)
     ema = Ema(module, decay=0.5)
     module.double()  # replaces every buffer

@@ -96,7 +96,7 @@ def test_a_checkpoint_gives_exactly_what_training_logged(run: Path, tmp_path: Pa
     assert own["weights"] == "ema" and own["bbox/AP"] == averaged["objects/bbox/AP"]
 
 
-def test_numbers_and_files_do_not_depend_on_the_number_of_processes(run: Path, tmp_path: Path) -> None:
+def test_metrics_and_files_do_not_depend_on_process_count(run: Path, tmp_path: Path) -> None:
     """Four groups over three processes: nobody may be padded, counted twice, or grouped otherwise."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     command += [str(ROOT / "tools/eval.py"), str(checkpoint_of(run)), "--output-dir", str(tmp_path / "out")]
@@ -140,7 +140,7 @@ def test_what_one_process_cannot_evaluate_ends_all_of_them(run: Path, kind: str,
         assert found == says and most < 1000  # results and pictures go to rank 0 alone
 
 
-def test_an_image_whose_mask_is_bad_is_left_out_or_ends_the_evaluation(tmp_path: Path) -> None:
+def test_an_image_with_a_bad_mask_is_left_out_or_ends_the_run(tmp_path: Path) -> None:
     data = DataSet(tmp_path / "data")
     semantic(data, mode="RGB")
     source = data.source().model_copy(update={"on_bad_image": "skip"})
@@ -169,7 +169,7 @@ def test_an_image_whose_mask_is_bad_is_left_out_or_ends_the_evaluation(tmp_path:
         evaluate_detector(Zeros(), {"sem": annotations}, config=config, **options)  # type: ignore[arg-type]
 
 
-def test_heads_of_one_source_share_one_pass_and_nothing_is_disturbed(run: Path) -> None:
+def test_heads_of_one_source_share_one_backbone_pass(run: Path) -> None:
     config, annotations = parts_of(run)
     detector = load_detector(checkpoint_of(run))
     calls: list[list[str]] = []
@@ -305,7 +305,7 @@ def test_only_bad_inputs_exit_with_2(
 
 
 @pytest.mark.parametrize("place", ["file", "file/x", "/proc/nope", "x" * 300])
-def test_an_output_that_cannot_be_written_is_said_before_the_work(run: Path, tmp_path: Path, place: str) -> None:
+def test_an_unwritable_output_is_refused_before_the_work(run: Path, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
     checkpoint, out = checkpoint_of(run), tmp_path / place
     config = config_from_dict(open_checkpoint(checkpoint)["config"] | {"output_dir": str(out)}, "test")

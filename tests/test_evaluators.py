@@ -152,7 +152,7 @@ def test_the_twelve_numbers_equal_pycocotools(seed: int, kind: str, engine: str)
 @pytest.mark.skipif(not COCO_TINY.is_dir(), reason=f"needs {COCO_TINY}")
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_the_twelve_numbers_equal_pycocotools_on_coco_annotations(kind: str, split: str) -> None:
+def test_twelve_numbers_equal_pycocotools_on_coco(kind: str, split: str) -> None:
     content = json.loads((COCO_TINY / f"annotations/instances_{split}.json").read_text())
     rng = np.random.default_rng(5)
     images = {image["id"]: image for image in content["images"]}
@@ -228,7 +228,7 @@ def test_objects_without_a_mask_are_ignored_by_mask_ap() -> None:
     assert CocoEvaluator(annotations_of(content), ("bbox",)).summarize(results)["bbox/AP"] > 0
 
 
-def test_keypoints_other_than_17_are_evaluated_alike_by_both_engines() -> None:
+def test_keypoints_other_than_17_equal_pycocotools() -> None:
     content, results = scene(1, keypoints=5)
     data = annotations_of(content, keypoints=5)
     ours, reference = (
@@ -338,7 +338,7 @@ def test_multi_label_map_equals_the_definition() -> None:
     assert metrics == pytest.approx({"cls/mAP": np.mean(expected), "cls/AP-c0": expected[0], "cls/AP-c1": expected[1]})
 
 
-def test_a_limit_of_detections_is_that_of_ap_and_named_in_the_metrics():
+def test_the_limit_of_detections_is_that_of_ap_and_is_named():
     """400 objects an image, all found: COCO counts 100 of them, so that the highest AP is 26 of 101 recalls."""
     boxes = [[10 * (k % 20), 10 * (k // 20), 8, 8] for k in range(400)]
     objects = [

@@ -125,7 +125,7 @@ def test_onnx_gives_what_the_detector_predicts(types, tmp_path):
 
 
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
-def test_tracing_an_image_without_detections_does_not_make_all_images_empty(head, tmp_path, monkeypatch):
+def test_tracing_an_empty_image_does_not_make_all_images_empty(head, tmp_path, monkeypatch):
     detector = load_detector(make_checkpoint(tmp_path / "all.pt", (head,)))
     size = ImageSize((64, 96), (64, 96))
 
@@ -181,13 +181,13 @@ def detections(*rows: tuple[float, float, int]) -> Predictions:
         ((), 2, False),
     ],
 )
-def test_check_pairs_detections_and_counts_those_without_a_partner(found, unmatched, passes):
+def test_check_pairs_detections_and_counts_the_unpaired(found, unmatched, passes):
     checks: dict[str, Check] = {}
     compare(checks, {"a": detections((0, 0.9, 0), (20, 0.9, 1))}, {"a": detections(*found)}, side=100)
     assert (checks["a"].detections, checks["a"].unmatched, checks["a"].passes) == (2, unmatched, passes)
 
 
-def test_size_is_that_of_the_data_and_the_classes_are_in_the_file(tmp_path):
+def test_size_is_that_of_the_data_and_classes_are_in_the_file(tmp_path):
     written = export_onnx(make_checkpoint(tmp_path / "c.pt", ("classify",)), tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     (image,) = session.get_inputs()

@@ -82,7 +82,7 @@ def as_csv(data: DataSet, split: str) -> SplitConfig:
     return SplitConfig(images=str(data.images(split)), annotations=str(path))
 
 
-def test_a_data_format_from_outside_is_examined_trained_and_repaired(tmp_path: Path, monkeypatch):
+def test_a_format_from_outside_is_examined_trained_and_repaired(tmp_path: Path, monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY)
     data = DataSet(tmp_path / "data")
     coco = read_split(data.source(), "train", "shapes")
@@ -116,7 +116,7 @@ def test_a_data_format_that_is_none_is_an_error_at_start(tmp_path: Path, name: s
 FROZEN = ["backbone.stem", "backbone.stage1"]
 
 
-def test_a_backbone_from_outside_trains_is_frozen_by_stage_and_evaluates(tmp_path: Path, monkeypatch):
+def test_a_backbone_from_outside_trains_freezes_and_evaluates(tmp_path: Path, monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY)
     frozen = f"freeze=[{', '.join(FROZEN)}]"
     config = tiny_config(

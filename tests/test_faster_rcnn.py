@@ -45,7 +45,7 @@ def test_losses_gradients_and_detections_equal_torchvision():
     assert_equals_torchvision(head, model, make_features(), make_batch())
 
 
-def test_equal_torchvision_where_the_coarsest_level_does_not_divide_the_image():
+def test_equal_torchvision_where_no_level_divides_the_image():
     features = make_features(side=160) | {"pool": torch.randn(2, CHANNELS, 3, 3)}
     head = make_head(FasterRcnnHead)
     model = torchvision_model(FasterRCNN, head, levels=("p2", "p3", "p4", "p5"))
@@ -66,7 +66,7 @@ def _train_but_layer4(model, head, mode):
     return model
 
 
-def test_c4_layer4_takes_the_backbone_weights_and_follows_its_norm():
+def test_c4_layer4_takes_weights_and_norm_of_the_backbone():
     head = make_c4_head()
     state = {f"layer4.{k}": torch.full_like(v, 7) for k, v in head.layer4.state_dict().items()}
     head.load_backbone_weights({**state, "conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)})
@@ -78,7 +78,7 @@ def test_c4_layer4_takes_the_backbone_weights_and_follows_its_norm():
 
 
 @pytest.mark.parametrize("make", [lambda: make_head(FasterRcnnHead), make_c4_head], ids=["fpn", "c4"])
-def test_train_and_eval_mode_give_the_same_losses_and_detections_with_fixed_statistics(make):
+def test_fixed_statistics_give_the_same_output_in_both_modes(make):
     head = make()
     features = make_features(**C4_SPEC) if isinstance(head, FasterRcnnC4Head) else make_features()
     batch, results = make_batch(), []
@@ -156,7 +156,7 @@ def test_sampler_takes_as_many_as_torchvisions(positives, negatives):
         assert torch.equal(indices, indices.unique())
 
 
-def test_sampler_takes_each_candidate_equally_often_and_differs_by_use():
+def test_sampler_takes_each_candidate_equally_often():
     labels = torch.zeros(40, dtype=torch.int64)
     sampler = SeededSampler(10, 0.5, "a")
     drawn = torch.cat([sampler(labels, seed)[1] for seed in range(2000)])
@@ -165,7 +165,7 @@ def test_sampler_takes_each_candidate_equally_often_and_differs_by_use():
     assert not torch.equal(sampler(labels, 0)[1], SeededSampler(10, 0.5, "b")(labels, 0)[1])
 
 
-def test_rois_are_read_at_the_levels_own_scale_however_small_the_images_are():
+def test_rois_are_read_at_the_scale_of_their_level():
     """A 40-pixel image in a 128-pixel batch: torchvision's pooling would infer the scale 2 from it."""
     head = make_head(FasterRcnnHead)
     features = make_features()
@@ -174,7 +174,7 @@ def test_rois_are_read_at_the_levels_own_scale_however_small_the_images_are():
     torch.testing.assert_close(pooled[0, 0, 0], torch.tensor([3.0, 5.0, 7.0, 9.0]))
 
 
-def test_a_threshold_that_nothing_reaches_gives_empty_detections():
+def test_a_threshold_above_all_scores_gives_no_detections():
     head = make_head(FasterRcnnHead, score_threshold=1.0)
     batch = make_batch()
     assert [p.boxes.shape for p in head.decode(head(make_features(), batch.sizes), batch.sizes)] == [(0, 4), (0, 4)]

@@ -71,7 +71,7 @@ def run(folder, images, *overrides, name="run", data=SMALL):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_losses_are_those_of_the_uncached_run_and_every_view_is_computed_once(policy, tmp_path, images, computed):
+def test_cached_losses_are_equal_and_each_view_is_computed_once(policy, tmp_path, images, computed):
     """In double, where rounding cannot hide anything: 8 steps, 4 epochs."""
     augment, variants = POLICIES[policy]
     plain = run(tmp_path, images, *augment, "train.precision=fp64", name="plain")
@@ -184,7 +184,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_cannot_work_is_refused_at_the_start_and_auto_says_why(reason, tmp_path, images, monkeypatch):
+def test_what_cannot_work_is_refused_at_start_auto_says_why(reason, tmp_path, images, monkeypatch):
     if "free" in reason:
         monkeypatch.setattr(cache_setup.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
     for wanted in ("memory", "disk"):
@@ -245,7 +245,7 @@ def test_a_new_run_finds_what_was_stored(on_disk, source):
     assert hits(store, source) == [True] * 4 and store.filled == 4
 
 
-def test_a_changed_image_is_no_hit_even_with_its_size_and_time_kept(on_disk, source):
+def test_a_changed_image_of_same_size_and_time_is_no_hit(on_disk, source):
     reopened, _ = on_disk
     running = reopened()
     assert hits(running, source) == [True] * 4

@@ -53,7 +53,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("arch", "frozen", "kind", "precision", "decay", "accumulate", "clip", "evaluate"), CASES)
-def test_frozen_is_bit_exact_after_50_steps_and_the_rest_all_moved(
+def test_frozen_is_bit_exact_after_50_steps_and_the_rest_moved(
     arch, frozen, kind, precision, decay, accumulate, clip, evaluate
 ):
     config = small_config(arch)
@@ -92,7 +92,7 @@ def _two_ranks():
     return moved, finals
 
 
-def test_two_processes_keep_what_is_frozen_and_stay_equal_to_the_bit():
+def test_two_processes_keep_frozen_bits_and_stay_equal():
     (changed0, final0), (changed1, final1) = run_ranks(_two_ranks, 2)
     detector = small_detector(small_config())
     for frozen in (STEM, ALL_SHARED):
@@ -101,7 +101,7 @@ def test_two_processes_keep_what_is_frozen_and_stay_equal_to_the_bit():
     assert final0 == final1
 
 
-def test_train_output_of_a_frozen_stage_is_its_eval_output_to_the_bit():
+def test_train_output_of_a_frozen_stage_is_its_eval_output():
     detector = small_detector(small_config()).freeze(ALL_SHARED)
     batch = made_batch(0)
     trained = detector.train().features(batch.images, batch.sizes)
@@ -158,7 +158,7 @@ class Odd(nn.Module):
         return self.dropout(self.group(self.instance(x))) * self.scale * self.fixed
 
 
-def test_bare_parameters_instance_norm_dropout_and_constants_rest_too():
+def test_parameters_instance_norm_dropout_and_constants_freeze():
     detector = small_detector(small_config())
     detector.heads["objects"].odd = Odd()
     odd = detector.heads["objects"].odd
@@ -232,7 +232,7 @@ def test_an_unknown_name_lists_the_valid_ones():
         detector.freeze(["backbone.layer5"])
 
 
-def test_a_switch_that_changes_nothing_equals_no_switch_to_the_bit():
+def test_a_switch_that_changes_nothing_equals_no_switch():
     finals = []
     for switches in (False, True):
         config = small_config()
@@ -339,6 +339,6 @@ def _unfreeze(rewrap):
 
 
 @pytest.mark.parametrize("rewrap", [True, False])
-def test_ranks_stay_equal_after_unfreezing_only_if_ddp_is_made_anew(rewrap):
+def test_ranks_stay_equal_after_unfreezing_only_if_rewrapped(rewrap):
     first, second = run_ranks(_unfreeze, 2, rewrap)
     assert (first == second) is rewrap

@@ -84,7 +84,7 @@ NORMS = ["bn", "frozen_bn", "sync_bn", "gn"]
         ("resnext50_32x4d", "bn", ["backbone"]),
     ],
 )
-def test_folded_losses_and_gradients_agree_and_no_tensor_changes(arch, norm, frozen):
+def test_folded_losses_and_gradients_agree_no_tensor_changes(arch, norm, frozen):
     detector = detector_with(frozen, arch=arch, norm=norm)
     before = copy_state(detector)
     plain, plain_gradients = losses_and_gradients(detector, made_batch(0))
@@ -107,7 +107,7 @@ def test_fold_frozen_off_gives_the_very_bits():
             assert bits_differ(expected, got) == set()
 
 
-def test_copies_are_there_while_they_are_needed_and_come_back_with_the_same_bits():
+def test_copies_exist_while_needed_and_return_with_same_bits():
     detector, batch = detector_with(ALL), made_batch(0)
     prefix = FrozenPrefix(detector, TrainConfig())
     assert not prefix._stages
@@ -179,7 +179,7 @@ def test_other_precisions_compute_in_theirs(precision, dtype, tolerance):
         assert relative(fast[name], plain[name]) < tolerance
 
 
-def test_nothing_of_it_is_in_the_detector_and_prediction_keeps_its_bits():
+def test_nothing_of_it_is_in_the_detector_or_its_predictions():
     detector = detector_with(ALL)
     batch = made_batch(0)
     keys, modules = list(detector.state_dict()), len(list(detector.modules()))
@@ -194,7 +194,7 @@ def test_nothing_of_it_is_in_the_detector_and_prediction_keeps_its_bits():
 
 
 @pytest.mark.parametrize("frozen", [STEM, ALL])
-def test_frozen_is_bit_exact_after_steps_with_the_prefix_and_the_rest_moves(frozen):
+def test_frozen_is_bit_exact_with_the_prefix_and_the_rest_moves(frozen):
     detector = detector_with(frozen)
     state = make_state(small_config(), detector, frozen)
     state.prefix = FrozenPrefix(detector, state.config)

@@ -41,7 +41,7 @@ def test_losses_are_finite_scalars(head_type):
 
 
 @each_head
-def test_batch_without_objects_has_a_finite_loss_that_reaches_every_parameter(head_type):
+def test_loss_without_objects_is_finite_and_uses_all_parameters(head_type):
     head = make_head(head_type)
     losses = losses_of(head, features_for(head_type), make_batch(objects=0))
     assert all(torch.isfinite(loss) for loss in losses.values())
@@ -168,7 +168,7 @@ def test_two_ranks_together_have_the_loss_of_the_whole_batch(head_type, monkeypa
 
 
 @each_head
-def test_losses_are_float32_under_autocast_and_float64_in_double(head_type):
+def test_losses_are_fp32_under_autocast_and_fp64_in_double(head_type):
     head, features, batch = make_head(head_type), features_for(head_type), make_batch()
     exact = sum(losses_of(head, features, batch).values())
     with torch.autocast("cpu", torch.bfloat16):
@@ -196,7 +196,7 @@ def test_learns_two_images_in_seconds(head_type):
 
 
 @each_head
-def test_class_tensors_are_exactly_what_depends_on_the_class_count(head_type):
+def test_class_tensors_are_those_that_depend_on_the_class_count(head_type):
     few, many = (
         {n: t.shape for n, t in make_head(head_type, make_spec(names)).state_dict().items()}
         for names in (CLASSES, (*CLASSES, "moon", "sun"))

@@ -52,7 +52,7 @@ def test_bf16_autocast_and_fp64_keep_losses_precise():
     assert_precisions(make_keypoint_head())
 
 
-def test_boxes_whose_keypoints_are_all_absent_train_only_the_box():
+def test_boxes_without_any_keypoint_train_only_the_box():
     head, batch = make_keypoint_head(), make_batch()
     for target in batch.targets:
         target.keypoints[..., 2] = 0

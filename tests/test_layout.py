@@ -19,6 +19,7 @@ from detbb.heads.loading import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = sorted((REPOSITORY / "detbb").rglob("*.py"))
+TESTS = sorted((REPOSITORY / "tests").glob("test_*.py"))
 # Imports run one way only: a folder may import those that stand before it here.
 ORDER = (
     "core",  # errors, files, the command line
@@ -107,6 +108,11 @@ def test_files_and_functions_are_small(path: Path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno < 60, f"{node.name} is longer than 60 lines"
+
+
+def test_names_of_tests_are_short_claims():
+    names = [name for path in TESTS for name in re.findall(r"def (test_\w+)", path.read_text())]
+    assert not [name for name in names if len(name) >= 60]
 
 
 def test_import_detbb_is_instant_and_its_names_are_there():

@@ -122,7 +122,7 @@ def test_summary_shows_each_branch_and_each_class() -> None:
     assert "objects · red-cell 12.3" in rows and "scene · sky/blue 99.0" in rows
 
 
-def test_freeze_table_is_whole_at_80_columns_and_its_numbers_are_numbers() -> None:
+def test_freeze_table_is_whole_at_80_columns() -> None:
     module, rates = "backbone.layer4", [0.0, 0.05]
     row = Row(module, 14_964_736, 14_964_736, "FrozenBatchNorm2d", "moving", "trained", 1e-6, rates, "yes")
     shown = {}
@@ -136,7 +136,7 @@ def test_freeze_table_is_whole_at_80_columns_and_its_numbers_are_numbers() -> No
     assert "0, 0.05" in shown[140] and "0, 0.05" not in shown[80]
 
 
-def test_many_classes_are_shown_beside_each_other_and_very_many_by_the_best_and_worst() -> None:
+def test_many_classes_in_columns_very_many_by_best_and_worst() -> None:
     for count in (80, 1203):
         metrics = {"objects/bbox/AP": 50.0} | {f"objects/bbox/AP-thing {i}": i / 13 for i in range(count)}
         console = Console(file=io.StringIO(), width=100)

@@ -43,7 +43,7 @@ def test_a_batch_without_boxes_reaches_every_parameter():
     assert_trains_without_boxes(make_mask_head())
 
 
-def test_objects_without_a_mask_are_not_trained_to_have_an_empty_one():
+def test_objects_without_a_mask_do_not_train_masks():
     head, features, batch = make_mask_head(), make_features(), make_batch()
     target = batch.targets[0]
     target.masks[1] = 0
@@ -58,7 +58,7 @@ def test_bf16_autocast_and_fp64_keep_losses_precise():
     assert_precisions(make_mask_head())
 
 
-def test_masks_are_28_cells_a_side_by_default_and_empty_without_detections():
+def test_masks_have_28_cells_a_side_and_are_empty_without_boxes():
     head = make_head(MaskRcnnHead, mask_channels=[16])
     batch = make_batch()
     output = head(make_features(), batch.sizes)

@@ -90,7 +90,7 @@ def test_levels_added_later_change_no_bit_of_the_others():
         (("p2", "p5"), ["layer1", "layer2", "layer3", "layer4"], ["p2", "p5"]),
     ],
 )
-def test_only_what_is_needed_is_built_and_every_parameter_is_used(levels, inner, output):
+def test_only_what_is_needed_is_built_and_all_of_it_is_used(levels, inner, output):
     neck = fpn(levels)
     assert (list(neck.inner), list(neck.output)) == (inner, output)
     out = neck({name: x for name, x in features().items()})

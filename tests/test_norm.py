@@ -51,7 +51,7 @@ def test_frozen_norm_is_bn_in_eval_bit_for_bit_in_either_mode():
     torch.testing.assert_close(frozen(x), theirs(x))
 
 
-def test_frozen_norm_reads_files_of_bn_and_of_torchvisions_frozen_norm():
+def test_frozen_norm_reads_files_of_bn_and_of_frozen_bn():
     norm = trained_bn()
     ours = FrozenBatchNorm2d(6)
     ours.load_state_dict(norm.state_dict())

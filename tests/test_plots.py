@@ -25,7 +25,7 @@ def test_classes_have_distinct_and_stable_colours() -> None:
     assert len(set(colours)) == 80 and colours == [class_colour(label) for label in range(80)]
 
 
-def test_boxes_are_where_they_belong_and_only_above_the_threshold() -> None:
+def test_boxes_are_in_place_and_only_above_the_threshold() -> None:
     predictions = objects([100, 200, 300, 400], [400, 50, 500, 90], scores=[0.9, 0.3])
     picture = draw_predictions(GRAY, predictions, CLASSES, threshold=0.5)
     assert picture.shape == GRAY.shape and picture.dtype == np.uint8
@@ -44,7 +44,7 @@ def test_ground_truth_needs_no_scores() -> None:
     assert has_colour(draw_predictions(GRAY, objects([100, 200, 300, 400]), CLASSES), 0).any()
 
 
-def test_small_images_are_enlarged_and_any_fills_what_it_is_to_fit() -> None:
+def test_small_images_are_enlarged_and_any_fills_the_fit() -> None:
     predictions = objects([10, 10, 50, 30], scores=[0.9])
     small = draw_predictions(GRAY[:50, :60], predictions, CLASSES)
     assert small.shape == (200, 240, 3)
@@ -96,7 +96,7 @@ def test_semantic_overlay_has_a_legend_of_the_classes_it_shows() -> None:
     assert has_colour(legend, 1).any() and not has_colour(legend, 0).any()
 
 
-def test_image_labels_show_the_best_class_even_below_the_threshold() -> None:
+def test_image_labels_show_the_best_class_below_the_threshold() -> None:
     predictions = Predictions(probabilities=torch.tensor([0.2, 0.4, 0.3]))
     picture = draw_predictions(GRAY, predictions, CLASSES, threshold=0.5)
     assert has_colour(picture, 1).any() and not has_colour(picture, 2).any()
@@ -111,7 +111,7 @@ def test_nothing_predicted_gives_the_image_itself() -> None:
     assert (draw_predictions(GRAY, none, CLASSES) == GRAY).all()
 
 
-def test_grid_puts_ground_truth_left_of_its_prediction_in_full_rows() -> None:
+def test_grid_puts_ground_truth_left_of_its_prediction() -> None:
     left, right = np.full((40, 300, 3), 10, np.uint8), np.full((40, 300, 3), 250, np.uint8)
     right[..., 0] = 0
     grid = samples_grid([(f"{i}.jpg", left, right) for i in range(5)], "objects")

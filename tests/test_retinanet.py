@@ -36,7 +36,7 @@ def test_losses_gradients_and_detections_equal_torchvisions(objects, hw):
     assert_equals_torchvision(head, twin_of(head, features), features, batch)
 
 
-def test_an_image_without_boxes_beside_one_with_boxes_equals_torchvision():
+def test_an_image_without_boxes_in_a_batch_equals_torchvision():
     batch = make_batch()
     batch.targets[0] = make_batch(objects=0).targets[0]
     head, features = make_head(RetinaNetHead, **DEFAULTS), make_features(LEVELS)

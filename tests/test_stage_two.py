@@ -50,7 +50,7 @@ def inheriting(tmp_path_factory, data, base):
     return train(stage(folder, data, {"second": SECOND}, "freeze=[backbone, neck]", base=base))
 
 
-def test_the_first_branch_and_all_it_reads_are_the_same_to_the_bit(base, second):
+def test_the_first_branch_and_all_it_reads_keep_every_bit(base, second):
     before, after = load(base.parents[1]), load(second.parents[1])
     old = (*SHARED, "heads.first.")
     assert evaluated(before, *old) == evaluated(after, *old) and len(evaluated(before, *old)) > 100
@@ -107,7 +107,7 @@ def test_a_head_that_the_config_forgets_is_inherited(tmp_path, base, inheriting)
     assert results(inheriting, tmp_path / "after")["first"] == results(base, tmp_path / "before")["first"]
 
 
-def test_an_inherited_head_keeps_its_own_data_where_the_name_means_something_else(tmp_path, data, base):
+def test_an_inherited_head_keeps_its_own_data_of_the_same_name(tmp_path, data, base):
     config = stage(
         tmp_path, data, {"third": THIRD}, "data.boxes.image_size=[96, 96]", "freeze=[backbone, neck]", base=base
     )
@@ -144,7 +144,7 @@ def test_a_stage_that_carries_heads_resumes_to_the_same_bits(monkeypatch, tmp_pa
     assert "resuming with another" not in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_the_config_of_a_stage_that_carries_heads_trains_the_same_run_again(tmp_path, inheriting):
+def test_the_config_of_a_run_with_inherited_heads_repeats_it(tmp_path, inheriting):
     config = load_config(inheriting.parents[1] / "config.yaml", [f"output_dir={tmp_path / 'run'}"])
     train(config)
     assert learned(tmp_path / "run") == learned(inheriting.parents[1])

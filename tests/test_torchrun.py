@@ -179,7 +179,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_all_end_soon_after_one_failed_and_its_error_is_the_last_thing_shown(story: dict[str, End], name: str) -> None:
+def test_all_end_soon_after_one_failed_and_its_error_comes_last(story: dict[str, End], name: str) -> None:
     saved, last = FAILURES[name]
     end = story[name]
     assert end.job.process.returncode not in (0, None), end.job.text
@@ -212,9 +212,7 @@ def test_sigterm_saves_at_the_step_boundary_on_all_ranks(story: dict[str, End]) 
     assert end.after_s < 3 + 15
 
 
-def test_after_all_failures_the_run_ends_with_the_bits_of_an_undisturbed_one(
-    story: dict[str, End], undisturbed: Path
-) -> None:
+def test_after_all_failures_the_run_ends_with_the_same_bits(story: dict[str, End], undisturbed: Path) -> None:
     """The last part: SIGTERM to one process alone; all save and leave, torchrun starts them again, they finish."""
     job = story["restart"].job
     assert job.process.returncode == 0, job.text
@@ -226,9 +224,7 @@ def test_after_all_failures_the_run_ends_with_the_bits_of_an_undisturbed_one(
         read_checkpoint(path)
 
 
-def test_two_nodes_of_which_one_is_killed_start_again_and_end_with_the_same_bits(
-    tmp_path: Path, images: Path, undisturbed: Path
-) -> None:
+def test_two_nodes_restart_after_a_kill_and_end_with_same_bits(tmp_path: Path, images: Path, undisturbed: Path) -> None:
     file = config_file(tmp_path, images)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

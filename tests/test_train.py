@@ -117,7 +117,7 @@ def test_a_run_leaves_what_the_contract_names(whole):
     assert content["frozen"]["names"] == ["neck"]
 
 
-def test_a_run_says_what_it_is_before_the_first_step_and_what_to_do_after_the_last(whole):
+def test_a_run_says_what_it_is_first_and_what_to_do_next_last(whole):
     text = re.sub(r"^[\d-]+ [\d:]+  ", "", (whole / "log.txt").read_text(), flags=re.MULTILINE)
     opening, closing = text.split("phase 0")[0], text.rsplit("unchanged to the bit")[-1]
     for line in (
@@ -276,7 +276,7 @@ def proofs(folder):
     return re.findall(r"unchanged to the bit since (the start|step \d+) \(SHA-256, freeze.json\): (\w+) \(all", text)
 
 
-def test_what_was_frozen_late_is_not_called_unchanged_since_the_start(tmp_path, images):
+def test_what_was_frozen_late_is_not_called_unchanged(tmp_path, images):
     frozen = "freeze=[backbone, neck]"
     train(tiny_config(tmp_path, *SHORT, "train.steps=2", data=images))
     train(tiny_config(tmp_path, *SHORT, "train.steps=4", frozen, data=images), resume="auto")
@@ -286,7 +286,7 @@ def test_what_was_frozen_late_is_not_called_unchanged_since_the_start(tmp_path, 
     assert proofs(tmp_path / "rested") == [("the start", "backbone")] * 2
 
 
-def test_without_the_journal_of_before_the_proof_begins_at_the_resume(tmp_path, images):
+def test_without_the_earlier_journal_the_proof_starts_at_resume(tmp_path, images):
     options = (*SHORT, "phases=[{steps: 2, freeze: []}, {freeze: [backbone, neck]}]", "train.steps=4")
     train(tiny_config(tmp_path, *options, "checkpoint.every=1", data=images))
     assert proofs(tmp_path / "run") == [("step 2", "backbone")]
@@ -299,7 +299,7 @@ def test_without_the_journal_of_before_the_proof_begins_at_the_resume(tmp_path, 
     assert proofs(tmp_path / "run")[1:] == [("step 3", "backbone")]
 
 
-def test_a_resume_forgets_the_checks_of_steps_that_it_takes_again(tmp_path):
+def test_a_resume_forgets_the_checks_of_steps_it_repeats(tmp_path):
     phase, path = Phase(0, 0, 4, ("backbone",)), tmp_path / "freeze.json"
     journal = FreezeJournal(path, resumed=False)
     journal.begin(phase, [], [], digests={"backbone.a": "1"}, step=0)
@@ -318,14 +318,14 @@ def test_another_order_of_images_is_warned_about_at_a_resume(tmp_path, images):
     assert "another order from here on: data.shapes.train 24 before, 16 now; train.batch_size 4 before, 2 now" in text
 
 
-def test_a_misspelt_best_metric_ends_the_run_at_the_first_evaluation_with_all_saved(tmp_path, images):
+def test_a_misspelt_best_metric_ends_the_run_with_all_saved(tmp_path, images):
     config = tiny_config(tmp_path, "eval.best=shapes/bbox/ap", "eval.every=2", "checkpoint.every=5", data=images)
     with pytest.raises(UserError, match=r"eval.best: 'shapes/bbox/ap' .* did you mean 'shapes/bbox/AP'"):
         train(config)
     assert load(tmp_path / "run")["step"] == 2
 
 
-def test_best_follows_one_kind_of_weights_over_a_resume_and_is_a_verified_checkpoint(monkeypatch, tmp_path, images):
+def test_best_keeps_to_one_kind_of_weights_over_a_resume(monkeypatch, tmp_path, images):
     def measured(*_, output_dir, weights, **__):
         return {"shapes/bbox/AP": 99.0 if weights == "model" else float(output_dir.name.split("_")[1])}
 
@@ -367,7 +367,7 @@ def test_a_source_that_seldom_has_its_turn_is_waited_for():
     assert said == [f"WARNING: trained but without a gradient in the first 51 steps: {name}"]
 
 
-def test_a_random_part_that_is_trained_later_is_only_warned_about(tmp_path, images):
+def test_a_random_part_that_is_trained_later_is_a_warning(tmp_path, images):
     phases = "phases=[{steps: 1, freeze: [backbone]}, {freeze: []}]"
     config = tiny_config(
         tmp_path, phases, "backbone.allow_random=false", "train.steps=2", "schedule.warmup_steps=0", data=images
@@ -432,7 +432,7 @@ def test_skipping_leaves_no_trace_and_has_a_limit(monkeypatch, tmp_path, images)
     assert content == first
 
 
-def test_fp16_scaling_ends_a_run_whose_gradients_stay_non_finite(tmp_path):
+def test_fp16_ends_a_run_whose_gradients_stay_non_finite(tmp_path):
     """An overflow halves the scale and is no fault; with a scale below 1 it is one."""
     state = make_state(small_config(), small_detector(small_config()), [])
     state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)

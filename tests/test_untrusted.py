@@ -114,7 +114,7 @@ def test_building_for_a_file_draws_nothing(layer: Callable[[], torch.nn.Module])
     assert before.equal(torch.get_rng_state()) and constant.tolist() == [2, 2, 2]
 
 
-def test_a_loaded_detector_has_every_bit_and_layout_of_the_built_one(tmp_path, small, sound):
+def test_a_loaded_detector_has_every_bit_of_the_built_one(tmp_path, small, sound):
     config = tiny_config(tmp_path)
     honest = build_detector(config, sound["classes"])
     honest.load_state_dict(sound["model"])
@@ -127,7 +127,7 @@ def test_a_loaded_detector_has_every_bit_and_layout_of_the_built_one(tmp_path, s
         assert tensor.equal(other) and tensor.stride() == other.stride() and tensor.dtype == other.dtype, name
 
 
-def test_a_head_that_needs_values_while_it_is_built_can_be_loaded(tmp_path, small, sound, monkeypatch):
+def test_a_head_that_needs_values_when_built_can_be_loaded(tmp_path, small, sound, monkeypatch):
     from detbb.heads.fcos import FcosHead
 
     class Measured(FcosHead):
@@ -140,7 +140,7 @@ def test_a_head_that_needs_values_while_it_is_built_can_be_loaded(tmp_path, smal
     assert restore_detector(content).head("shapes").width == 1.5
 
 
-def test_control_characters_are_written_out_on_the_way_to_the_terminal(capsys):
+def test_control_characters_are_escaped_on_the_terminal(capsys):
     names = ("a\x1b[31m", "b\x07", "c\u202e", "d\x9b2J", "e\ud800", "f\r", "Größe 細胞 🎈\n\t")
     written = ["a\\x1b[31m", "b\\x07", "c\\u202e", "d\\x9b2J", "e\\ud800", "f\\r", names[-1]]
     assert [printable(name) for name in names] == written

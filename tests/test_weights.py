@@ -202,7 +202,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("writer", [lambda o, p: p.write_bytes(pickle.dumps(o)), torch.save])
-def test_code_in_a_file_does_not_run_and_the_error_says_how_to_convert(tmp_path, writer):
+def test_code_in_a_file_does_not_run_and_how_to_convert_is_said(tmp_path, writer):
     trace, path = tmp_path / "ran", tmp_path / "R-50.pkl"
     writer({"model": Payload(trace)}, path)
     with pytest.raises(UserError, match=r"R-50\.pkl.*convert it once: python -c") as error:
