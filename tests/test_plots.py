@@ -66,7 +66,7 @@ def test_masks_colour_their_pixels_in_both_forms() -> None:
         assert (picture[200, 150] == 128).all() and (picture[350, 250] == 128).all()
 
 
-def test_a_picture_without_an_object_of_a_keypoint_head_is_drawn() -> None:
+def test_a_picture_without_keypoint_objects_is_drawn() -> None:
     given = objects([100, 200, 300, 400], scores=[0.1], keypoints=torch.zeros(1, 3, 3))
     assert draw_predictions(GRAY, given, CLASSES, threshold=0.5).shape == GRAY.shape
 
