@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from detbb.core.errors import ProcessLost, Stopped, UserError, printable, tell_torchrun
+from detbb.core.errors import ProcessLost, RunFailed, Stopped, UserError, printable, tell_torchrun
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,7 +62,7 @@ def run(main: Callable[[], object]) -> NoReturn:
         sys.exit(130)
     except UserError as error:
         _fail(error, f"error: {' '.join(str(error).split())}", 2)
-    except ProcessLost as error:
+    except RunFailed as error:
         _fail(error, f"error: {error}", 1)
     except Exception as error:
         _fail(error, traceback.format_exc().rstrip(), 1)

@@ -20,7 +20,11 @@ class UserError(ValueError):
     same_on_all_ranks = False  # every rank raises the same error, so one of them says it
 
 
-class ProcessLost(RuntimeError):
+class RunFailed(RuntimeError):
+    """A run cannot go on, and a traceback would not say more. Commands say it in one line and exit with 1."""
+
+
+class ProcessLost(RunFailed):
     """Another process ended or gave no answer; the message says which. Its own error is the original one."""
 
 

@@ -22,7 +22,7 @@ from detbb.report.writers import read_evaluations
 from detbb.structures.annotations import Annotations
 from detbb.training import optim
 from detbb.training.signals import StopSignals
-from detbb.training.step import NonFinite, TrainState
+from detbb.training.step import CURES, NonFinite, TrainState
 
 
 @dataclass
@@ -178,5 +178,5 @@ def refuse_nonfinite(run: Run) -> None:
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise NonFinite(
             f"step {run.step}: NaN or infinite values in {some(broken)}; "
-            f"not saved, the newest checkpoint is of step {max(run.saved, 0)}"
+            f"not saved, the newest checkpoint is of step {max(run.saved, 0)}; {CURES}"
         )

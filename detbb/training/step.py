@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detbb.config.schema import OptimizerConfig, TrainConfig
+from detbb.core.errors import RunFailed
 from detbb.core.files import save_tensors
 from detbb.detector import Detector
 from detbb.distributed.collectives import all_gather_objects, maximum, mean, rank, world_size
@@ -24,8 +25,10 @@ from detbb.structures.batch import Batch
 from detbb.training import optim
 from detbb.training.ema import Ema
 
+CURES = "try a lower optimizer.lr, a longer schedule.warmup_steps, train.grad_clip, or train.on_nonfinite: skip"
 
-class NonFinite(RuntimeError):
+
+class NonFinite(RunFailed):
     """A loss or gradient was not finite; the message names step, ranks, loss terms, images and the saved batch."""
 
     same_on_all_ranks = True  # as in errors.UserError
@@ -211,7 +214,7 @@ def _refuse(state: TrainState, batches: list[Batch], sums: dict[str, Tensor], *,
     details = "; ".join(f"rank {r}: losses {everyone[r][0]}, image ids {everyone[r][1]}" for r in blamed)
     raise NonFinite(
         f"step {step}: a loss or gradient is not finite ({details}); no weight was changed, "
-        f"the batch is saved in {saved.format(blamed[0] if len(blamed) == 1 else '*')}"
+        f"the batch is saved in {saved.format(blamed[0] if len(blamed) == 1 else '*')}; {CURES}"
     )
 
 
