@@ -23,6 +23,7 @@ import timing
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detbb.data.formats.base import Request
 from detbb.data.formats.coco import read_coco
 from detbb.data.formats.coco_json import no_garbage_collection
 from detbb.metrics.evaluators import CocoEvaluator
@@ -70,7 +71,7 @@ def main() -> None:
 
         @no_garbage_collection()
         def ours() -> None:
-            annotations = read_coco(truth.parent, truth)
+            annotations = read_coco(Request(truth.parent, truth))
             found["ours"] = CocoEvaluator(annotations).summarize(msgspec.json.decode(results.read_bytes()))["bbox/AP"]
 
         seconds = timing.in_turn(

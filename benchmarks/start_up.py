@@ -83,9 +83,10 @@ held = COCO(sys.argv[1])
 seconds = time.perf_counter() - began
 """
 OURS = """
+from detbb.data.formats.base import Request
 from detbb.data.formats.coco import read_coco
 before, began = status("VmRSS"), time.perf_counter()
-held = read_coco(Path(sys.argv[1]).parent, Path(sys.argv[1]))
+held = read_coco(Request(Path(sys.argv[1]).parent, Path(sys.argv[1])))
 seconds = time.perf_counter() - began
 """
 REPORT = """
@@ -97,9 +98,10 @@ import numpy as np, os
 from unittest import mock
 from detbb.config.schema import DataConfig
 from detbb.data import sample
+from detbb.data.formats.base import Request
 from detbb.data.formats.coco import read_coco
 from detbb.data.sampler import SourceSchedule
-data = read_coco(Path(sys.argv[1]).parent, Path(sys.argv[1]))
+data = read_coco(Request(Path(sys.argv[1]).parent, Path(sys.argv[1])))
 sample.read_image = lambda path, most: np.zeros((480, 640, 3), np.uint8)
 made = sample.SampleReader(data, DataConfig(image_size=[128, 128]), train=True, needs=frozenset({"masks"}))
 chance = np.random.default_rng(0)

@@ -18,8 +18,8 @@ from datasets import box, write_coco
 from detbb.core import cache
 from detbb.core.errors import UserError
 from detbb.data.formats import annotation_cache, coco
+from detbb.data.formats.base import Request
 from detbb.data.formats.coco import read_coco
-from detbb.data.formats.faults import Faults
 from detbb.structures.annotations import Annotations, Fault, PackedStrings, Segments
 
 ARRAYS = {"flags": np.array([True, False, True]), "xy": np.arange(7) / 3, "none": np.zeros((0, 4), np.int32)}
@@ -60,7 +60,11 @@ def make(folder: Path, rows: list[dict[str, Any]] = ROWS, **changes: Any) -> Pat
 
 def start(file: Path, **options: Any) -> Annotations:
     """What a start gets, once everything is written."""
-    data = read_coco(file.parent / "images", file, **options)
+    return finished(Request(file.parent / "images", file, **options))
+
+
+def finished(request: Request) -> Annotations:
+    data = read_coco(request)
     for thread in threading.enumerate():
         if thread.name == "annotation cache":
             thread.join()
@@ -215,8 +219,8 @@ def test_a_planted_bug_of_the_cache_is_seen(
 
 def test_cached_annotations_are_every_byte_of_those_read(tmp_path: Path, reads: list[Path]) -> None:
     file = make(tmp_path)
-    read, faults = start(file), Faults(file)
-    again = start(file, faults=faults)
+    read, request = start(file), Request(file.parent / "images", file)
+    again, faults = finished(request), request.faults
     assert plain(again) == plain(read) and len(reads) == 1
     assert len(read.labels) == 4 and read.keypoints is not None and read.crowd.any() and read.segments is not None
     assert again.segments is not None and len(again.segments.polygons(0)) == 2
@@ -228,7 +232,7 @@ def test_cached_annotations_are_every_byte_of_those_read(tmp_path: Path, reads: 
         assert plain(changed) != plain(read), change
     again.boxes_xywh[:] = 0  # writes to no entry
     assert plain(start(file)) == plain(read) and len(reads) == 1
-    assert read_coco(tmp_path / "elsewhere", file).root == tmp_path / "elsewhere" and len(reads) == 1
+    assert read_coco(Request(tmp_path / "elsewhere", file)).root == tmp_path / "elsewhere" and len(reads) == 1
 
 
 def test_another_file_of_the_same_bytes_is_read_again(tmp_path: Path, reads: list[Path]) -> None:
@@ -244,10 +248,10 @@ def test_another_file_of_the_same_bytes_is_read_again(tmp_path: Path, reads: lis
 def test_other_options_have_other_entries(tmp_path: Path, reads: list[Path]) -> None:
     file = make(tmp_path)
     start(file)
-    assert start(file, classes=["zebra"]).classes == ("zebra",) and len(reads) == 2
-    assert start(file, classes=["zebra", "car"]).classes == ("zebra", "car") and len(reads) == 3
+    assert start(file, classes=("zebra",)).classes == ("zebra",) and len(reads) == 2
+    assert start(file, classes=("zebra", "car")).classes == ("zebra", "car") and len(reads) == 3
     with pytest.raises(UserError, match="lacks: car"):
-        start(file, classes=["zebra"], exact=True)
+        start(file, classes=("zebra",), exact=True)
     assert len(entries(tmp_path)) == 3
 
 
@@ -256,12 +260,12 @@ def test_what_is_not_the_files_alone_is_not_kept(tmp_path: Path, reads: list[Pat
     assert len(start(make(tmp_path, images=unsized))) == 3
     bad = [*ROWS, box(43, 7, [5, 5, -3, 3])]
     file = make(tmp_path, bad)
-    assert any(not f.repaired for f in start(file, faults=Faults(file, strict=False)).faults)
+    assert any(not f.repaired for f in start(file, strict=False).faults)
     with pytest.raises(UserError, match="negative"):
         start(file)
     assert entries(tmp_path) == [] and len(reads) == 3
     good = make(tmp_path)  # what is not refused is the same for the doctor and for training
-    assert plain(start(good, faults=Faults(good, strict=False))) == plain(start(good)) and len(reads) == 4
+    assert plain(start(good, strict=False)) == plain(start(good)) and len(reads) == 4
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from detbb.config.schema import DataConfig, SplitConfig
 from detbb.core.errors import UserError
 from detbb.data.formats import read_split
+from detbb.data.formats.base import Request
 from detbb.data.formats.coco import flip_pairs, read_coco
 from detbb.data.formats.semantic import read_mask
 from detbb.structures.annotations import Annotations
@@ -58,7 +59,7 @@ def test_missing_image_sizes_come_from_the_upright_file(tmp_path: Path) -> None:
     write_coco(tmp_path, [])
     Image.fromarray(np.zeros((10, 30, 3), np.uint8)).save(tmp_path / "images" / "t.jpg", exif=exif)
     path = write_coco(tmp_path, [], images=[{"id": 1, "file_name": "t.jpg"}])
-    assert read_coco(tmp_path / "images", path).sizes.tolist() == [[30, 10]]
+    assert read_coco(Request(tmp_path / "images", path)).sizes.tolist() == [[30, 10]]
 
 
 NAN, INF = float("nan"), float("inf")
@@ -127,7 +128,7 @@ def test_all_bad_boxes_are_refused_at_once_with_ten_ids(tmp_path: Path) -> None:
 def test_text_that_is_no_coco_file_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match="not a COCO file"):
-        read_coco(tmp_path, tmp_path / "x.json")
+        read_coco(Request(tmp_path, tmp_path / "x.json"))
 
 
 def test_image_level_files_give_boxes_around_whole_images(tmp_path: Path) -> None:
@@ -140,10 +141,10 @@ def test_image_level_files_give_boxes_around_whole_images(tmp_path: Path) -> Non
 
 def test_a_class_list_selects_and_orders(tmp_path: Path) -> None:
     path = write_coco(tmp_path, GOOD)
-    data = read_coco(tmp_path / "images", path, classes=["zebra"])
+    data = read_coco(Request(tmp_path / "images", path, classes=("zebra",)))
     assert data.classes == ("zebra",) and data.category_ids.tolist() == [90] and data.labels.tolist() == [0, 0]
     with pytest.raises(UserError, match=r"'zebr' is not known.*did you mean 'zebra'"):
-        read_coco(tmp_path / "images", path, classes=["zebr"])
+        read_coco(Request(tmp_path / "images", path, classes=("zebr",)))
 
 
 def test_val_follows_the_order_of_train_no_other_classes(tmp_path: Path) -> None:
@@ -454,7 +455,7 @@ def test_real_coco_reads_as_pycocotools_does(data_folder: Callable[[str], Path])
 
     root = data_folder("coco-tiny")
     for split in ("train", "val"):
-        data = read_coco(root / split, root / "annotations" / f"instances_{split}.json")
+        data = read_coco(Request(root / split, root / "annotations" / f"instances_{split}.json"))
         coco = COCO(str(root / "annotations" / f"instances_{split}.json"))
         assert len(data) == 80 and len(data.classes) == 80 and data.segments is not None
         for i, image_id in enumerate(data.image_ids.tolist()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -168,12 +168,15 @@ def list_images(folder: Path) -> tuple[list[str], list[str]]:
     """Names of the image files below `folder`, sorted, relative to it; and of those in formats that are not read."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    found = [Path(at, name) for at, _, names in os.walk(folder) for name in names]
+    names = files_below(folder, SUFFIXES | UNREAD_SUFFIXES)
+    unread = [name for name in names if Path(name).suffix.lower() in UNREAD_SUFFIXES]
+    return [name for name in names if Path(name).suffix.lower() in SUFFIXES], unread
 
-    def named(suffixes: frozenset[str]) -> list[str]:
-        return sorted(p.relative_to(folder).as_posix() for p in found if p.suffix.lower() in suffixes)
 
-    return named(SUFFIXES), named(UNREAD_SUFFIXES)
+def files_below(folder: Path, suffixes: Collection[str]) -> list[str]:
+    """Names of the files below `folder` that end in one of these (in any case), sorted, relative to it."""
+    found = (Path(at, name) for at, _, names in os.walk(folder) for name in names)
+    return sorted(p.relative_to(folder).as_posix() for p in found if p.suffix.lower() in suffixes)
 
 
 def _open(path: str | Path) -> BinaryIO:

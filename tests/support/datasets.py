@@ -11,6 +11,7 @@ from PIL import Image
 
 from detbb.config.schema import Config, DataConfig, SplitConfig, TrainConfig
 from detbb.data.formats import read_split
+from detbb.data.formats.base import Request
 from detbb.data.formats.coco import read_coco
 from detbb.structures.annotations import Annotations
 
@@ -40,7 +41,7 @@ def box(id: int, image: int, bbox: list[float], category: int = 3, **more: Any) 
 
 def read(folder: Path, annotations: list[dict[str, Any]], **changes: Any) -> Annotations:
     path = write_coco(folder, annotations, **changes)
-    return read_coco(folder / "images", path)
+    return read_coco(Request(folder / "images", path))
 
 
 def shapes_source(folder: Path, *, train: int = 26, augment: Any = "default", size: int = 96) -> DataConfig:

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from detbb.config.schema import DataConfig
-from detbb.data.formats.faults import Faults, Rows, choose_classes, validate_objects
+from detbb.core.errors import unknown_name
+from detbb.data.formats.faults import Faults, Rows, validate_objects
 from detbb.structures.annotations import Annotations, PackedStrings
 
 Gives = Literal["boxes", "masks", "keypoints", "labels", "semantic"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
     """One split to read. Faults are given to `faults`, which repairs, refuses or leaves out as the user wants."""
 
     images: Path  # the folder of images, which is there
     annotations: Path  # what `data.<name>.<split>.annotations` says
-    split: str
-    source: DataConfig
-    faults: Faults
+    split: str = "train"
+    source: DataConfig = field(default_factory=DataConfig)
     classes: tuple[str, ...] | None = None  # to use, in the order of the labels; None: all that are found
-    exact: bool = False  # objects of other classes are refused, not left out
+    exact: bool = False  # classes that are not among `classes` are refused, not left out
+    strict: bool = True  # see Faults
     may_write: bool = True  # whether what is generated may be
+
+    def __post_init__(self) -> None:
+        self.faults = Faults(
+            self.annotations,
+            strict=self.strict,
+            skip_bad_images=self.source.on_bad_image == "skip",
+            allow_links=self.source.allow_links,
+        )
 
     @property
     def may_lack(self) -> bool:
@@ -35,8 +44,15 @@ class Request:
         return self.exact or self.split != "train"
 
     def choose_classes(self, found: Sequence[str]) -> tuple[str, ...]:
-        """The classes to use, of those that the files hold: label -> name."""
-        return choose_classes(found, self.classes, self.faults, exact=self.exact, may_lack=self.may_lack)
+        """The classes to use, of those that the files hold: label -> name. Raises UserError for a missing one."""
+        if self.classes is None:
+            return tuple(found)
+        lacks = [name for name in self.classes if name not in found]
+        if lacks and not self.may_lack:
+            raise unknown_name(f"{self.annotations}: classes", lacks[0], found)
+        if self.exact:
+            self.faults.refuse("class that the training split lacks:", sorted(set(found) - set(self.classes)))
+        return self.classes
 
 
 @dataclass(frozen=True)

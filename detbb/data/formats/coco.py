@@ -13,9 +13,9 @@ import numpy as np
 
 from detbb.core.errors import UserError
 from detbb.data.formats.annotation_cache import AnnotationCache
-from detbb.data.formats.base import annotations_of
+from detbb.data.formats.base import Request, annotations_of
 from detbb.data.formats.coco_json import Category, CocoFile, Image, Object, no_garbage_collection
-from detbb.data.formats.faults import MAX_COORDINATE, Faults, Rows, choose_classes
+from detbb.data.formats.faults import MAX_COORDINATE, Faults, Rows
 from detbb.data.images import BadImage, image_header, name_fault, safe_join
 from detbb.structures.annotations import Annotations, Segments
 
@@ -25,44 +25,32 @@ _SIDE = re.compile(r"left|right|(?<![^\W_])[lr](?![^\W_])")
 _OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
-def read_coco(
-    images: Path,
-    annotations: Path,
-    *,
-    classes: Sequence[str] | None = None,
-    exact: bool = False,
-    may_lack: bool = False,
-    faults: Faults | None = None,
-) -> Annotations:
+def read_coco(request: Request) -> Annotations:
     """One COCO file with the images it names below `images`.
 
-    Labels follow the category ids, or the order of `classes`: objects of other classes are left out, with `exact` there
-    may be none, with `may_lack` the file need not have all of them. Crowds are kept and flagged. A file without any box
-    says what whole images are: each object gets a box around its image. Raises UserError for what cannot be repaired,
-    with the first ids, unless `faults` is not strict.
+    Labels follow the category ids, or the order of `classes`; objects of other classes are left out. Crowds are kept
+    and flagged. A file without any box says what whole images are: each object gets a box around its image. Raises
+    UserError for what cannot be repaired, with the first ids, if the request is strict.
     What a large file became is kept for the next start, if no other file had a part in it.
     """
-    faults = faults or Faults(annotations)
-    cache = AnnotationCache(annotations, ("coco", None if classes is None else tuple(classes), exact, may_lack))
-    if (known := cache.load(images)) is not None:
-        faults.found += known.faults
+    cache = AnnotationCache(request.annotations, ("coco", request.classes, request.exact, request.may_lack))
+    if (known := cache.load(request.images)) is not None:
+        request.faults.found += known.faults
         return known
-    found = _read(images, annotations, classes, faults, exact=exact, may_lack=may_lack)
-    if all(f.repaired for f in found.faults) and not faults.of_images:
+    found = _read(request)
+    if all(f.repaired for f in found.faults) and not request.faults.of_images:
         cache.store(found)
     return found
 
 
 @no_garbage_collection()  # around the function, so that its objects are gone when collecting goes on
-def _read(
-    images: Path, annotations: Path, classes: Sequence[str] | None, faults: Faults, *, exact: bool, may_lack: bool
-) -> Annotations:
-    file = CocoFile(annotations)
+def _read(request: Request) -> Annotations:
+    file, faults = CocoFile(request.annotations), request.faults
     faults.refuse("category id used twice:", _repeated([c.id for c in file.categories]))
     categories = sorted({c.id: c for c in reversed(file.categories)}.values(), key=lambda c: c.id)
     root = file.root()
     others = [c.name for c in categories if c is not root]
-    if root is not None and (root.name in others or root.name not in (classes or ())):
+    if root is not None and (root.name in others or root.name not in (request.classes or ())):
         categories.remove(root)
         faults.note(
             "category without objects that is the group of all others (left out):", [f"{root.name} (id {root.id})"]
@@ -72,16 +60,16 @@ def _read(
         ids.setdefault(category.name, []).append(category.id)
     twice = [f"{name} (ids {', '.join(map(str, own))})" for name, own in ids.items() if len(own) > 1]
     faults.refuse("class name used twice (--fix makes it one class):", twice)
-    names = choose_classes(list(ids), classes, faults, exact=exact, may_lack=may_lack)
+    names = request.choose_classes(list(ids))
     category_ids = _category_ids(categories, names)
-    used, sizes = _usable_images(images, file.images, faults)
+    used, sizes = _usable_images(request.images, file.images, faults)
     image_ids = np.array([i.id for i in used], dtype=np.int64)
-    keypoint_names = _keypoint_names(categories, names, annotations)
+    keypoint_names = _keypoint_names(categories, names, request.annotations)
     label_of = {number: names.index(name) for name, own in ids.items() if name in names for number in own}
     rows = _rows(file, _Images(image_ids, sizes), label_of, len(keypoint_names), faults)
     keypoint_names = keypoint_names if rows.keypoints is not None else ()
     return annotations_of(
-        images,
+        request.images,
         [i.file_name for i in used],
         sizes,
         rows,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from detbb.core.errors import UserError, unknown_name
+from detbb.core.errors import UserError
 from detbb.structures.annotations import Fault, Segments
 
 SHOWN = 10
 MAX_COORDINATE = 1e9  # pixels; products and float32 of larger ones overflow
-UNSAID = np.empty(0)  # a column of `Rows` that the format does not have
 
 
 class Faults:
@@ -67,24 +66,19 @@ class Rows:
     image: np.ndarray  # (M,) int64 index of the image
     label: np.ndarray  # (M,) int64; -1: of a class that is not wanted
     boxes_xywh: np.ndarray  # (M, 4) float64
-    area: np.ndarray = field(default_factory=lambda: UNSAID)  # (M,) float64, NaN where missing; of the boxes
-    crowd: np.ndarray = field(default_factory=lambda: UNSAID)  # (M,) bool; False
-    ids: np.ndarray = field(default_factory=lambda: UNSAID)  # (M,) int64, 0 where missing; counted from 1
+    area: np.ndarray | None = None  # (M,) float64, NaN where missing; None: of the boxes
+    crowd: np.ndarray | None = None  # (M,) bool; None: there are no crowds
+    ids: np.ndarray | None = None  # (M,) int64, 0 where missing; None: counted from 1
     segments: Segments | None = None  # (M,)
     keypoints: np.ndarray | None = None  # (M, K, 3) float32
-
-    def __post_init__(self) -> None:
-        if self.area is UNSAID:
-            self.area = self.boxes_xywh[:, 2:].prod(axis=1)
-        if self.crowd is UNSAID:
-            self.crowd = np.zeros(len(self.image), dtype=bool)
-        if self.ids is UNSAID:
-            self.ids = np.arange(1, len(self.image) + 1)
 
 
 def validate_objects(rows: Rows, sizes: np.ndarray, faults: Faults) -> dict[str, Any]:
     """The object fields of `Annotations`, sorted by image, faulty rows repaired, dropped or noted as refused."""
-    boxes, ids = rows.boxes_xywh, rows.ids
+    boxes = rows.boxes_xywh
+    area = boxes[:, 2:].prod(axis=1) if rows.area is None else rows.area
+    crowd = np.zeros(len(boxes), dtype=bool) if rows.crowd is None else rows.crowd
+    ids = np.arange(1, len(boxes) + 1) if rows.ids is None else rows.ids
     height, width = sizes[rows.image].astype(np.float64).reshape(-1, 2).T
     x, y, w, h = boxes.T
     finite = (np.abs(boxes) <= MAX_COORDINATE).all(axis=1)
@@ -95,7 +89,7 @@ def validate_objects(rows: Rows, sizes: np.ndarray, faults: Faults) -> dict[str,
     faults.repair("box of no area (dropped), annotation ids", ids[zero])
     outside = finite & ~negative & ~zero & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
     faults.repair("box outside its image (dropped), annotation ids", ids[outside])
-    no_area = ~(np.isfinite(rows.area) & (rows.area >= 0))
+    no_area = ~(np.isfinite(area) & (area >= 0))
     faults.repair("missing area (from the box), annotation ids", ids[no_area])
     keep = np.flatnonzero(finite & ~negative & ~zero & ~outside & (rows.label >= 0))
     order = keep[np.argsort(rows.image[keep], kind="stable")]
@@ -106,8 +100,8 @@ def validate_objects(rows: Rows, sizes: np.ndarray, faults: Faults) -> dict[str,
         "first": np.searchsorted(rows.image[order], np.arange(len(sizes) + 1)).astype(np.int64),
         "boxes_xywh": np.ascontiguousarray(boxes[order]),
         "labels": rows.label[order].astype(np.int32),
-        "crowd": rows.crowd[order],
-        "areas": np.where(no_area[order], w[order] * h[order], rows.area[order]),
+        "crowd": crowd[order],
+        "areas": np.where(no_area[order], w[order] * h[order], area[order]),
         "object_ids": unique_ids(ids, faults)[order],
     }
     if segments is not None:
@@ -144,20 +138,3 @@ def _segments(
         kept = np.delete(np.arange(len(order)), np.union1d(far, segments.wrong))
         order, segments = order[kept], segments.take(kept)
     return order, segments
-
-
-def choose_classes(
-    found: Sequence[str], wanted: Sequence[str] | None, faults: Faults, *, exact: bool = False, may_lack: bool = False
-) -> tuple[str, ...]:
-    """The classes to use, in order: those wanted, if any are named, else those found.
-
-    exact: no others may be among those found. may_lack: not all that are wanted have to be.
-    """
-    if wanted is None:
-        return tuple(found)
-    lacks = [n for n in wanted if n not in found]
-    if lacks and not (exact or may_lack):
-        raise unknown_name(f"{faults.origin}: classes", lacks[0], found)
-    if exact:
-        faults.refuse("class that the training split lacks:", sorted(set(found) - set(wanted)))
-    return tuple(wanted)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from detbb.data.formats.faults import Faults
-from detbb.data.images import list_images
+from detbb.data.images import files_below, list_images, readable_headers
 
 NOT_LABELS = ("classes.txt", "labels.txt", "names.txt", "obj.names.txt", "predefined_classes.txt", "readme.txt")
 FEW = 0.1  # of the images with a partner: below, the folder is another one
@@ -20,11 +19,12 @@ def listed_images(folder: Path, faults: Faults) -> list[str]:
     return names
 
 
-def list_files(folder: Path, suffix: str) -> list[str]:
-    """Names below `folder` that end in `suffix` (in any case), sorted, relative to it."""
-    found = (Path(at, name) for at, _, names in os.walk(folder) for name in names)
-    names = sorted(p.relative_to(folder).as_posix() for p in found if p.suffix.lower() == suffix)
-    return [name for name in names if PurePosixPath(name).name.lower() not in NOT_LABELS]
+def readable_images(folder: Path, faults: Faults) -> tuple[list[str], dict[str, tuple[int, int]]]:
+    """The image files below `folder`, and (height, width) of those that can be read."""
+    names = listed_images(folder, faults)
+    headers, bad = readable_headers(folder, names, links=faults.allow_links)
+    faults.bad_images("image that cannot be read", bad)
+    return names, headers
 
 
 def check_partners(
@@ -35,7 +35,7 @@ def check_partners(
     What is missing on either side is refused, or noted where partners are `optional`. stems: further names without
     suffix that files in `folder` may have.
     """
-    there = list_files(folder, suffix)
+    there = [n for n in files_below(folder, {suffix}) if PurePosixPath(n).name.lower() not in NOT_LABELS]
     found = {image for image, name in wanted.items() if name in set(there) or (folder / name).is_file()}
     missing = [image for image in wanted if image not in found]
     known = {*wanted.values(), *(stem + suffix for stem in stems)}

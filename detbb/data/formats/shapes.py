@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from pycocotools import mask as coco_mask
 
 from detbb.core.errors import UserError
 from detbb.core.files import make_folder
+from detbb.data.formats.base import Request
+from detbb.data.formats.coco import read_coco
+from detbb.structures.annotations import Annotations
 
 CLASSES = ("circle", "rectangle", "triangle")  # category ids and mask values 1, 2, 3; mask value 0 is background
 KEYPOINTS = ("top", "right", "bottom", "left")  # the outermost points of each shape
@@ -20,6 +24,15 @@ _SEEDS = {"train": 1, "val": 2}
 _VERSION = "detbb shapes 2"
 _IMAGE_HW = ((128, 128), (128, 128), (128, 112), (112, 128))
 _MIN_VISIBLE = 0.6  # of a shape; objects that are hidden further are not drawn
+
+
+def read_shapes(request: Request) -> Annotations:
+    """The split's objects with boxes, masks and keypoints, generated if they are not there."""
+    config = request.source.train if request.split == "train" else request.source.val
+    size = None if config is None else config.size
+    folder = generate_shapes(request.images, request.split, size, may_write=request.may_write)
+    images, file = folder / "images", folder / "annotations.json"
+    return read_coco(Request(images, file, classes=request.classes, exact=request.exact))
 
 
 def generate_shapes(root: Path, split: str, size: int | None = None, *, may_write: bool = True) -> Path:
@@ -37,18 +50,10 @@ def generate_shapes(root: Path, split: str, size: int | None = None, *, may_writ
             f"{folder} is not there, and no data is generated where a checkpoint says; give a file with --config"
         )
     make_folder(folder, lambda unfinished: _write(unfinished, split, count))
-    _check_version(folder)
-    return folder
-
-
-def _check_version(folder: Path) -> None:
-    try:
-        with open(folder / "annotations.json", encoding="utf-8") as file:
-            ours = _VERSION in file.read(len(_VERSION) + 64)
-    except (OSError, UnicodeDecodeError):
-        ours = False
-    if not ours:
-        raise UserError(f"{folder}: is not a set made by {_VERSION!r}; remove it, or name another folder in `images`")
+    with suppress(OSError, UnicodeDecodeError), open(folder / "annotations.json", encoding="utf-8") as file:
+        if _VERSION in file.read(len(_VERSION) + 64):
+            return folder
+    raise UserError(f"{folder}: is not a set made by {_VERSION!r}; remove it, or name another folder in `images`")
 
 
 def _write(folder: Path, split: str, count: int) -> None:

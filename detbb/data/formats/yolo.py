@@ -8,44 +8,34 @@ from pathlib import Path
 import numpy as np
 
 from detbb.core.errors import UserError
-from detbb.data.formats.base import annotations_of
-from detbb.data.formats.class_names import Keypoints
+from detbb.data.formats.base import Request, annotations_of
+from detbb.data.formats.class_names import read_classes, read_keypoints
 from detbb.data.formats.faults import Faults, Rows
-from detbb.data.formats.partners import check_partners, listed_images
+from detbb.data.formats.partners import check_partners, readable_images
 from detbb.data.formats.yolo_lines import Line, keypoints_of, readable
-from detbb.data.images import read_text, readable_headers, safe_join
+from detbb.data.images import read_text, safe_join
 from detbb.structures.annotations import Annotations, Segments
 
 
-def read_yolo(
-    images: Path,
-    labels: Path,
-    classes: Mapping[int, str],
-    *,
-    keypoints: Keypoints | None = None,
-    faults: Faults | None = None,
-) -> Annotations:
-    """Every image below `images`; its objects are in the txt file of the same name below `labels`, if there is one.
+def read_yolo(request: Request) -> Annotations:
+    """Every image below `images`; its objects are in the txt file of the same name in `annotations`, if there is one.
 
     A line is `class x y w h` (centre and size, in parts of the image), `class x1 y1 x2 y2 …` (a polygon), or a box and
-    `keypoints`; `yolo_lines` tells them apart. Image ids count the sorted files from 1, unusable ones too; category ids
-    are YOLO's class numbers + 1. Raises UserError for what cannot be repaired, unless `faults` is not strict.
+    keypoints; `yolo_lines` tells them apart. Image ids count the sorted files from 1, unusable ones too; category ids
+    are YOLO's class numbers + 1. Raises UserError for what cannot be repaired, if the request is strict.
     """
+    labels, faults = request.annotations, request.faults
+    classes = read_classes(request.source.classes)
+    keypoints = read_keypoints(request.source.keypoints, request.source.classes)
     if not labels.is_dir():
         raise UserError(f"{labels} is not a folder")
-    faults = faults or Faults(labels)
-    listed = listed_images(images, faults)
-    headers, bad = readable_headers(images, listed, links=faults.allow_links)
-    faults.bad_images("image that cannot be read", bad)
+    listed, headers = readable_images(request.images, faults)
     files = list(headers)
     sizes = np.array([headers[f] for f in files], dtype=np.int32).reshape(-1, 2)
     partner = {name: Path(name).with_suffix(".txt").as_posix() for name in listed}
     labelled = check_partners(partner, labels, ".txt", faults, optional=True)
-    texts = {
-        i: safe_join(labels, partner[name], links=faults.allow_links)
-        for i, name in enumerate(files)
-        if name in labelled
-    }
+    links = faults.allow_links
+    texts = {i: safe_join(labels, partner[f], links=links) for i, f in enumerate(files) if f in labelled}
     points = None if keypoints is None else len(keypoints.names)
     lines = readable(list(_lines(texts, list(classes), faults)), sizes, points, faults)
     shapes = [_shape(line, sizes[line.image].tolist(), points or 0) for line in lines]
@@ -63,7 +53,7 @@ def read_yolo(
         rows.keypoints = np.array(given, dtype=np.float32).reshape(-1, len(keypoints.names), 3)
         fields = {"keypoint_names": keypoints.names, "flip_pairs": keypoints.flip_pairs}
     return annotations_of(
-        images,
+        request.images,
         files,
         sizes,
         rows,
