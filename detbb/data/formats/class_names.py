@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from detbb.core.errors import UserError
+from detbb.core.errors import UserError, one_line
 from detbb.data.formats.coco import flip_pairs
 from detbb.data.images import read_text
 
@@ -26,16 +26,15 @@ def read_classes(value: Any) -> dict[int, str]:
     origin, value = _content(value)
     if isinstance(value, dict) and "names" in value:
         value = value["names"]
-    items = (
-        list(enumerate(value)) if isinstance(value, list) else list(value.items()) if isinstance(value, dict) else []
-    )
+    if isinstance(value, list):
+        value = dict(enumerate(value))
     try:
-        names = {int(number): name for number, name in items}
+        names = {int(number): name for number, name in value.items()} if isinstance(value, dict) else {}
     except (TypeError, ValueError):
         names = {}
     if not names or not all(isinstance(n, str) and n for n in names.values()):
         raise UserError(f"{origin}: needs a list of class names, or a mapping of numbers to names, in `classes`")
-    if len(set(names.values())) < len(items) or min(names) < 0:
+    if len(set(names.values())) < len(value) or min(names) < 0:
         raise UserError(f"{origin}: class names must differ, and their numbers must not be negative")
     return dict(sorted(names.items()))
 
@@ -71,4 +70,4 @@ def _content(value: Any) -> tuple[str, Any]:
         structured = path.suffix.lower() in (".json", ".yaml", ".yml")  # JSON is YAML
         return value, yaml.safe_load(text) if structured else [s for line in text.splitlines() if (s := line.strip())]
     except (yaml.YAMLError, RecursionError, ValueError) as e:
-        raise UserError(f"{value}: class names cannot be read: {' '.join(str(e).split())}") from None
+        raise UserError(f"{value}: class names cannot be read: {one_line(e)}") from None

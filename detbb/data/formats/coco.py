@@ -61,22 +61,22 @@ def _read(request: Request) -> Annotations:
     twice = [f"{name} (ids {', '.join(map(str, own))})" for name, own in ids.items() if len(own) > 1]
     faults.refuse("class name used twice (--fix makes it one class):", twice)
     names = request.choose_classes(list(ids))
-    category_ids = _category_ids(categories, names)
-    used, sizes = _usable_images(request.images, file.images, faults)
-    image_ids = np.array([i.id for i in used], dtype=np.int64)
+    for name in names:
+        ids.setdefault(name, [max((number for own in ids.values() for number in own), default=0) + 1])
+    images = _usable_images(request.images, file.images, faults)
     keypoint_names = _keypoint_names(categories, names, request.annotations)
     label_of = {number: names.index(name) for name, own in ids.items() if name in names for number in own}
-    rows = _rows(file, _Images(image_ids, sizes), label_of, len(keypoint_names), faults)
+    rows = _rows(file, images, label_of, len(keypoint_names), faults)
     keypoint_names = keypoint_names if rows.keypoints is not None else ()
     return annotations_of(
         request.images,
-        [i.file_name for i in used],
-        sizes,
+        images.names,
+        images.sizes,
         rows,
         faults,
         classes=names,
-        category_ids=category_ids,
-        image_ids=image_ids,
+        category_ids=np.array([ids[name][0] for name in names], dtype=np.int64),
+        image_ids=images.ids,
         keypoint_names=keypoint_names,
         flip_pairs=flip_pairs(keypoint_names),
     )
@@ -89,18 +89,20 @@ def flip_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     return tuple(sorted((a, b) for a, b in pairs if a < b))
 
 
-def _category_ids(categories: list[Category], names: Sequence[str]) -> np.ndarray:
-    """The id of each class; a new one for a class that the file lacks."""
-    ids: dict[str, int] = {}
-    for category in categories:
-        ids.setdefault(category.name, category.id)
-    for name in names:
-        ids.setdefault(name, max(ids.values(), default=0) + 1)
-    return np.array([ids[name] for name in names], dtype=np.int64)
+class _Images(NamedTuple):
+    """Those that can be used."""
+
+    names: list[str]
+    ids: np.ndarray
+    sizes: np.ndarray  # (N, 2) height, width
+
+    def sizes_of(self, ids: np.ndarray) -> np.ndarray:
+        """(M, 2); 0 x 0 for an unknown image."""
+        index, known = _lookup(self.ids, ids)
+        return self.sizes[index] * known[:, None] if len(self.ids) else np.zeros((len(ids), 2), dtype=np.int32)
 
 
-def _usable_images(root: Path, images: list[Image], faults: Faults) -> tuple[list[Image], np.ndarray]:
-    """The images that can be used, and their (height, width)."""
+def _usable_images(root: Path, images: list[Image], faults: Faults) -> _Images:
     outside = [i for i in images if name_fault(i.file_name)]
     faults.refuse("file name that leaves the image folder, image ids", [i.id for i in outside])
     faults.refuse("image id used twice:", _repeated([i.id for i in images]))
@@ -108,8 +110,11 @@ def _usable_images(root: Path, images: list[Image], faults: Faults) -> tuple[lis
     again = [i for i in images if names.setdefault(i.file_name, i.id) != i.id]
     faults.refuse("image file named by several images, image ids", [i.id for i in again])
     left_out = {id(i) for i in [*outside, *again]}
-    seen: set[int] = set()
-    used = [i for i in images if id(i) not in left_out and i.id not in seen and not seen.add(i.id)]  # type: ignore[func-returns-value]
+    first: dict[int, Image] = {}
+    for image in images:
+        if id(image) not in left_out:
+            first.setdefault(image.id, image)
+    used = list(first.values())
     sizes = np.array([(i.height, i.width) for i in used], dtype=np.float64).reshape(-1, 2)
     missing = (sizes == 0).any(axis=1)
     faults.of_images |= bool(missing.any())
@@ -126,24 +131,13 @@ def _usable_images(root: Path, images: list[Image], faults: Faults) -> tuple[lis
     faults.refuse("width or height that is no pixel count, image ids", [used[k].id for k in np.flatnonzero(wrong)])
     faults.repair("missing width or height (from the file), image ids", [used[k].id for k in np.flatnonzero(missing)])
     wrong[unread] = True
-    return [i for i, w in zip(used, wrong.tolist(), strict=True) if not w], sizes[~wrong].astype(np.int32)
-
-
-class _Images(NamedTuple):
-    """Those that can be used."""
-
-    ids: np.ndarray
-    sizes: np.ndarray  # (N, 2) height, width
-
-    def sizes_of(self, ids: np.ndarray) -> np.ndarray:
-        """(M, 2); 0 x 0 for an unknown image."""
-        index, known = _lookup(self.ids, ids)
-        return self.sizes[index] * known[:, None] if len(self.ids) else np.zeros((len(ids), 2), dtype=np.int32)
+    kept = [used[k] for k in np.flatnonzero(~wrong)]
+    ids = np.array([i.id for i in kept], dtype=np.int64)
+    return _Images([i.file_name for i in kept], ids, sizes[~wrong].astype(np.int32))
 
 
 def _rows(file: CocoFile, images: _Images, label_of: dict[int, int], points: int, faults: Faults) -> Rows:
     """The objects of images that can be used, with `points` keypoints each."""
-
     parts = []
 
     def segmentations() -> Iterator[tuple[list[Any], np.ndarray]]:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 Id = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]  # leaves room for new ones
 OwnId = Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # what engines of evaluation take
 AT_ONCE = 1024  # the numbers of so many objects stay in a core's cache until they are in arrays
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Image(msgspec.Struct, gc=False):
@@ -56,10 +57,6 @@ class _CategoryOf(msgspec.Struct, gc=False):
     category_id: Id
 
 
-_OBJECT = msgspec.json.Decoder(Object)
-_CATEGORY_OF = msgspec.json.Decoder(_CategoryOf)
-
-
 class _Document(msgspec.Struct, gc=False):
     images: list[Image]
     annotations: list[msgspec.Raw]
@@ -81,7 +78,7 @@ def no_garbage_collection() -> Iterator[None]:
 class CocoFile:
     """The parts of a COCO file that are read; anything else in it is passed over.
 
-    Raises UserError with the place in the file, `runs` does, too.
+    Making one and `runs` raise UserError with the place in the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,12 +89,7 @@ class CocoFile:
     def runs(self) -> Iterator[list[Object]]:
         """All objects, at most AT_ONCE at a time; at least one list."""
         for start in range(0, max(len(self._objects), 1), AT_ONCE):
-            run = self._objects[start : start + AT_ONCE]
-            try:
-                objects = list(map(_OBJECT.decode, run))
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                objects = self._decode(b"[" + b",".join(run) + b"]", list[Object], start)
-            yield objects
+            yield self._decode(b"[" + b",".join(self._objects[start : start + AT_ONCE]) + b"]", list[Object], start)
 
     def root(self) -> Category | None:
         """The category that is only the name of all others' group and has no object (as in Roboflow's files)."""
@@ -109,14 +101,15 @@ class CocoFile:
 
     def _has_objects(self, category_id: int) -> bool:
         try:
-            return any(_CATEGORY_OF.decode(item).category_id == category_id for item in self._objects)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # `objects` will say what is wrong
+            objects = (msgspec.json.decode(item, type=_CategoryOf) for item in self._objects)
+            return any(o.category_id == category_id for o in objects)
+        except _NOT_JSON:  # `runs` will say what is wrong
             return True
 
     def _decode(self, data: bytes, kind: type[T], start: int = 0) -> T:
         try:
             return msgspec.json.decode(data, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as first:
+        except _NOT_JSON as first:
             try:  # Python's reader also takes NaN and Infinity, which deserve an error with their ids
                 return _decode_by_python(data, kind)
             except msgspec.ValidationError as e:

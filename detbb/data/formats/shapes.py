@@ -114,14 +114,13 @@ def _texture(rng: np.random.Generator, height: int, width: int, colour: np.ndarr
 def _outline(rng: np.random.Generator, label: int, height: int, width: int) -> np.ndarray:
     """(points, 2) x, y of a shape that lies inside the image."""
     radius = rng.uniform(12, 36)
-    if CLASSES[label] == "circle":
-        angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-        points = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    elif CLASSES[label] == "rectangle":
+    if CLASSES[label] == "rectangle":
         half = radius * np.array([1, rng.uniform(0.45, 1)])
         points = half * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     else:
-        angles = np.array([-np.pi / 2, np.pi / 6, 5 * np.pi / 6]) + rng.uniform(-0.2, 0.2, 3)
+        angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        if CLASSES[label] == "triangle":
+            angles = np.array([-np.pi / 2, np.pi / 6, 5 * np.pi / 6]) + rng.uniform(-0.2, 0.2, 3)
         points = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     turn = rng.uniform(-0.3, 0.3)  # upright enough that a few minutes of training tell the classes apart
     points = points @ np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])

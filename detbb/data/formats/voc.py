@@ -24,7 +24,7 @@ def read_voc(request: Request) -> Annotations:
     `Annotations/` is looked for beside the image set, up to three folders above it, and beside the images. Coordinates
     count from 1 and include both ends: x of the box is `xmin` - 1, its right edge `xmax`. `difficult` objects are
     crowds. Image ids are the line numbers, from 1. Classes are sorted by name unless given. Raises UserError for what
-    cannot be repaired, unless `faults` is not strict.
+    cannot be repaired, if the request is strict.
     """
     images, faults = request.images, request.faults
     folder = _annotation_folder(images, request.annotations)
@@ -33,21 +33,23 @@ def read_voc(request: Request) -> Annotations:
     found = check_partners(partners, folder, ".xml", faults, optional=False, stems=files)
     trees, wrong = _parse_all(folder, [stem for stem in stems if stem in found], links=faults.allow_links)
     faults.refuse("annotation file that cannot be used:", wrong)
-    sizes, bad = _sizes(trees, images, files, links=faults.allow_links)
+    sizes = {stem: size for stem, tree in trees.items() if (size := _size(tree)) is not None}
+    unsized = [files[stem] for stem in trees if stem not in sizes]
+    headers, bad = readable_headers(images, unsized, links=faults.allow_links)
     faults.bad_images("image of unknown size that cannot be read", bad)
+    sizes |= {stem: headers[files[stem]] for stem in trees if files[stem] in headers}
     used = [stem for stem in trees if stem in sizes]
-    objects = [(i, o) for i, stem in enumerate(used) for o in trees[stem].iter("object")]
-    boxes = [_box(o) for _, o in objects]
-    bare = [f"{used[i]}.xml ({_name(o)!r})" for (i, o), box in zip(objects, boxes, strict=True) if box is None]
+    objects = [(i, o, _box(o)) for i, stem in enumerate(used) for o in trees[stem].iter("object")]
+    bare = [f"{used[i]}.xml ({_name(o)!r})" for i, o, box in objects if box is None]
     faults.refuse("object without a bndbox of four numbers:", bare)
-    objects = [o for o, box in zip(objects, boxes, strict=True) if box is not None]
-    names = [_name(o) for _, o in objects]
+    objects = [(i, o, box) for i, o, box in objects if box is not None]
+    names = [_name(o) for _, o, _ in objects]
     classes = request.choose_classes(sorted(set(names)))
     rows = Rows(
-        image=np.array([i for i, _ in objects], dtype=np.int64),
+        image=np.array([i for i, _, _ in objects], dtype=np.int64),
         label=np.array([classes.index(n) if n in classes else -1 for n in names], dtype=np.int64),
-        boxes_xywh=np.array([box for box in boxes if box is not None], dtype=np.float64).reshape(-1, 4),
-        crowd=np.array([(o.findtext("difficult") or "0").strip() == "1" for _, o in objects], dtype=bool),
+        boxes_xywh=np.array([box for _, _, box in objects], dtype=np.float64).reshape(-1, 4),
+        crowd=np.array([(o.findtext("difficult") or "0").strip() == "1" for _, o, _ in objects], dtype=bool),
     )
     image_sizes = np.array([sizes[stem] for stem in used], dtype=np.int32).reshape(-1, 2)
     image_ids = np.array([stems[stem] for stem in used], dtype=np.int64)
@@ -126,19 +128,8 @@ def _parse(path: Path) -> ElementTree.Element:
     return tree
 
 
-def _sizes(
-    trees: dict[str, ElementTree.Element], images: Path, files: dict[str, str], *, links: bool
-) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """(height, width) of each image, from its file where the XML has none; and the files that cannot be read."""
-    sizes = {stem: size for stem, tree in trees.items() if (size := _size(tree)) is not None}
-    headers, bad = readable_headers(images, (files[stem] for stem in trees if stem not in sizes), links=links)
-    for stem in trees:
-        if stem not in sizes and files[stem] in headers:
-            sizes[stem] = headers[files[stem]]
-    return sizes, bad
-
-
 def _size(tree: ElementTree.Element) -> tuple[int, int] | None:
+    """(height, width) of the image; None where the XML does not say it."""
     try:
         height, width = (int(tree.findtext(f"size/{side}") or 0) for side in ("height", "width"))
     except ValueError:

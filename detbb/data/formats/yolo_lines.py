@@ -8,7 +8,7 @@ parts of the image.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,11 +35,9 @@ def readable(lines: Sequence[Line], sizes: np.ndarray, points: int | None, fault
     sizes: (N, 2) height, width of the images. points: keypoints that the config names; 0: there are none, lines of more
     numbers are polygons; None: not said. Lines in any other dialect are refused with its name, or cut to their boxes.
     """
-    files = {line.file for line in lines}
+    files = len({line.file for line in lines})
     far = {line.file for line in lines if (np.abs(line.values[:4]) > PIXELS).any()}
-    faults.refuse(
-        f"file (of {len(files)}) with coordinates above 1; lines are parts of the image (0 to 1):", sorted(far)
-    )
+    faults.refuse(f"file (of {files}) with coordinates above 1; lines are parts of the image (0 to 1):", sorted(far))
     lines = [line for line in lines if line.file not in far]
     boxes, others = [x for x in lines if len(x.values) == 4], [x for x in lines if len(x.values) != 4]
     if boxes and _are_corners(np.array([line.values for line in boxes])):
@@ -62,17 +60,21 @@ def readable(lines: Sequence[Line], sizes: np.ndarray, points: int | None, fault
     elif name is not None:
         faults.refuse(f"line that is a {name}:", [line.where for line in others])
         others = []
-    wrong = [line for line in others if len(line.values) != 4 and (len(line.values) < 6 or len(line.values) % 2)]
-    faults.refuse("line that is not `class x y w h` or `class x1 y1 x2 y2 x3 y3 …`:", [line.where for line in wrong])
-    others = _without(others, wrong)
+    others = _refuse(
+        others,
+        lambda n: len(n) != 4 and (len(n) < 6 or len(n) % 2 == 1),
+        "line that is not `class x y w h` or `class x1 y1 x2 y2 x3 y3 …`:",
+        faults,
+    )
     if boxes and others and name is None:
         faults.note(f"line with a polygon, beside {len(boxes)} lines with a box alone:", [x.where for x in others])
     return _in_order(boxes + others)
 
 
-def _without(lines: list[Line], others: list[Line]) -> list[Line]:
-    left_out = set(others)
-    return [line for line in lines if line not in left_out]
+def _refuse(lines: list[Line], is_wrong: Callable[[np.ndarray], bool], kind: str, faults: Faults) -> list[Line]:
+    """The lines whose values are not wrong; the others are refused."""
+    faults.refuse(kind, [line.where for line in lines if is_wrong(line.values)])
+    return [line for line in lines if not is_wrong(line.values)]
 
 
 def _in_order(lines: list[Line]) -> list[Line]:
@@ -80,23 +82,13 @@ def _in_order(lines: list[Line]) -> list[Line]:
 
 
 def _with_keypoints(lines: list[Line], points: int, faults: Faults) -> list[Line]:
-    widths = (4 + 2 * points, 4 + 3 * points)
-    wrong = [line for line in lines if len(line.values) not in widths]
-    faults.refuse(
-        f"line that is not `class x y w h` and {points} keypoints of two or three numbers "
-        f"({widths[0]} or {widths[1]} after the class):",
-        [line.where for line in wrong],
-    )
-    lines = _without(lines, wrong)
-    far = [line for line in lines if not (np.abs(line.values) <= PIXELS).all()]
-    faults.refuse("line with a keypoint that is no part of the image (0 to 1):", [line.where for line in far])
-    lines = _without(lines, far)
-    unclear = [x for x in lines if len(x.values) == widths[1] and not np.isin(x.values[6::3], (0, 1, 2)).all()]
-    faults.refuse(
-        "keypoint whose third number is no visibility (0, 1 or 2; a confidence belongs to predictions):",
-        [line.where for line in unclear],
-    )
-    return _without(lines, unclear)
+    two, three = 4 + 2 * points, 4 + 3 * points
+    wanted = f"`class x y w h` and {points} keypoints of two or three numbers ({two} or {three} after the class)"
+    lines = _refuse(lines, lambda n: len(n) not in (two, three), f"line that is not {wanted}:", faults)
+    far = "line with a keypoint that is no part of the image (0 to 1):"
+    lines = _refuse(lines, lambda n: not (np.abs(n) <= PIXELS).all(), far, faults)
+    unclear = "keypoint whose third number is no visibility (0, 1 or 2; a confidence belongs to predictions):"
+    return _refuse(lines, lambda n: len(n) == three and not np.isin(n[6::3], (0, 1, 2)).all(), unclear, faults)
 
 
 def keypoints_of(line: Line, points: int, hw: Sequence[int]) -> np.ndarray:
