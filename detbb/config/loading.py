@@ -1,17 +1,13 @@
-"""YAML, a dict or a Config, and overrides → `Config`; `Config` → YAML and plain containers.
+"""A YAML file, its bases and overrides → one plain dict, with every ${…} resolved; a `Config` → YAML.
 
-    bases, file, overrides → one plain dict → ${…} resolved → keys, types and ranges → combinations
-
-PyYAML reads, OmegaConf resolves, pydantic validates. All mistakes become one UserError of one line: where each was
-written, the key, the value, what is valid.
+PyYAML reads, OmegaConf resolves. detbb/heads/loading.py makes a `Config` of the dict.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
@@ -21,17 +17,14 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
 
-from detbb.config.checks import check_combinations
-from detbb.config.messages import MAX_DEPTH, Problem, join, problems_of, show, unusable
-from detbb.config.schema import Config, Section
-from detbb.core.errors import UserError, nearest
+from detbb.config.messages import MAX_DEPTH, Problem, join, show
+from detbb.config.schema import Config
+from detbb.core.errors import UserError, nearest, one_line
 from detbb.core.files import write_atomically
 
 Keys = tuple[str | int, ...]
 Layer = tuple[str, dict[str, Any]]  # where it was written, and what
-Find = Callable[[str], Any]  # the head class of a `type`, or the `Format` of a `format`; raises UserError
 
 MAX_BYTES = 1_000_000
 MAX_BASES = 8
@@ -47,42 +40,6 @@ _RESOLVED = re.compile(r"\$\{\s*(?P<key>[\w.\[\]]+)\s*\}|\$\{\s*oc\.env\s*:\s*(?
 _MISSING_VARIABLE = re.compile(r"Environment variable '(.*?)' not found")
 
 
-def load_config(
-    source: str | Path | dict[str, Any] | Config,
-    overrides: Sequence[str] = (),
-    *,
-    find_head: Find,
-    find_format: Find,
-    world_size: int | None = None,
-) -> Config:
-    """See detbb/heads/loading.py, which knows the heads."""
-    if isinstance(source, str | Path):
-        files = _with_bases(_read(Path(source)), Path(source))
-    else:
-        values = config_to_dict(source) if isinstance(source, Config) else copy.deepcopy(source)
-        files = _with_bases(("the given configuration", values), None)
-    sources = _Sources(files[-1][0], files, [_override_layer(text) for text in overrides])
-    values, problems = _resolve(sources.merged_onto(config_to_dict(Config())))  # so that ${…} reaches defaults too
-    if world_size is None:
-        world_size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1  # as distributed.processes
-    return _build(values, problems, sources, find_head=find_head, find_format=find_format, world_size=world_size)
-
-
-def config_from_dict(
-    values: dict[str, Any], origin: str, *, find_head: Find, find_format: Find, overrides: Sequence[str] = ()
-) -> Config:
-    """See detbb/heads/loading.py."""
-    sources = _Sources(origin, [], [_override_layer(text) for text in overrides])
-    return _build(
-        sources.merged_onto(copy.deepcopy(values)),
-        {},
-        sources,
-        find_head=find_head,
-        find_format=find_format,
-        world_size=1,
-    )
-
-
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain dicts, lists and scalars, that `config_from_dict` reads back to an equal configuration."""
     return config.model_dump(warnings=False)
@@ -95,12 +52,21 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Sources:
-    """What the configuration was put together from, so that an error names where a key was written."""
+class Sources:
+    """What a configuration is put together from, so that an error names where a key was written."""
 
-    main: str
     files: list[Layer]  # the later ones win; overrides win over all
     overrides: list[Layer]
+
+    @classmethod
+    def read(cls, source: str | Path | dict[str, Any] | Config, overrides: Sequence[str]) -> Sources:
+        """A file, a dict or a Config, the bases that it names, and `key=value` overrides. Raises: UserError."""
+        if isinstance(source, str | Path):
+            files = _with_bases(_read(Path(source)), Path(source))
+        else:
+            values = config_to_dict(source) if isinstance(source, Config) else dict(source)
+            files = _with_bases(("the given configuration", values), None)
+        return cls(files, [override_layer(text) for text in overrides])
 
     def merged_onto(self, values: dict[str, Any]) -> dict[str, Any]:
         for layers in (*([file] for file in self.files), self.overrides):
@@ -117,14 +83,9 @@ class _Sources:
         for at, message in problems:
             written = [i for i, (_, layer) in enumerate(layers) if at and _find(layer, at, ...) is not ...]
             said.setdefault(written[-1] if written else len(self.files) - 1, []).append(f"{at} {message}".strip())
-        lines = [(i, line) for i in sorted(said) for line in said[i]]
-        text, last = "", None
-        for i, line in lines[:MAX_MISTAKES]:
-            where = f"{layers[i][0] if i >= 0 else self.main}: "
-            text, last = f"{text}{'; ' if text else ''}{where if i != last else ''}{line}", i
-        return UserError(
-            _one_line(text + (f"; and {len(lines) - MAX_MISTAKES} more" if len(lines) > MAX_MISTAKES else ""))
-        )
+        lines = [f"{'' if k else f'{layers[i][0]}: '}{line}" for i in sorted(said) for k, line in enumerate(said[i])]
+        more = f"; and {len(lines) - MAX_MISTAKES} more" if len(lines) > MAX_MISTAKES else ""
+        return UserError(one_line("; ".join(lines[:MAX_MISTAKES]) + more, None))
 
 
 class _Loader(yaml.SafeLoader):
@@ -172,9 +133,9 @@ def _parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(_one_line(f"{where}{line}: {error.problem or error.context}")) from None
+        raise UserError(one_line(f"{where}{line}: {error.problem or error.context}", None)) from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(_one_line(f"{where}: is not readable as YAML: {str(error)[:200]}")) from None
+        raise UserError(one_line(f"{where}: is not readable as YAML: {str(error)[:200]}", None)) from None
 
 
 def _with_bases(layer: Layer, path: Path | None) -> list[Layer]:
@@ -203,9 +164,10 @@ def _read(path: Path, asks: str = "") -> Layer:
             data = file.read(MAX_BYTES + 1)
         text = data.decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"{asks}{path}: no such config file{nearest(path.name, _yaml_files(path.parent))}") from None
+        near = nearest(path.name, (file.name for file in path.parent.glob("*.yaml")))
+        raise UserError(f"{asks}{path}: no such config file{near}") from None
     except (OSError, ValueError) as error:
-        raise UserError(_one_line(f"{asks}{path}: cannot be read as a config file: {error}")) from None
+        raise UserError(one_line(f"{asks}{path}: cannot be read as a config file: {error}", None)) from None
     if len(data) > MAX_BYTES:
         raise UserError(f"{asks}{path}: is larger than {MAX_BYTES // 10**6} MB, which no config file is")
     if foreign := _foreign(set(re.findall(r"^(\w+) *:", text, re.MULTILINE))):
@@ -228,11 +190,7 @@ def _foreign(keys: set[str]) -> str | None:
     )
 
 
-def _yaml_files(folder: Path) -> list[str]:
-    return [file.name for file in folder.glob("*.yaml")] if folder.is_dir() else []
-
-
-def _override_layer(text: str) -> Layer:
+def override_layer(text: str) -> Layer:
     key, equals, value = text.partition("=")
     origin = f"override {show(text)}"
     if not equals or not key.strip():
@@ -260,7 +218,7 @@ def _merge(old: Any, new: Any, where: str, at: str = "") -> Any:
     return copy.deepcopy(new)
 
 
-def _resolve(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The same with every ${…} replaced, and what is wrong with those that cannot be, by key path."""
     problems: dict[str, str] = {}
 
@@ -305,64 +263,6 @@ def _refused_interpolation(text: str) -> str | None:
     return None
 
 
-def _build(
-    values: dict[str, Any],
-    problems: dict[str, str],
-    sources: _Sources,
-    *,
-    find_head: Find,
-    find_format: Find,
-    world_size: int,
-) -> Config:
-    """Keys, types and ranges of all sections first, then what must fit together; each with all its mistakes.
-
-    problems: what is known to be wrong already, by key path.
-    """
-    for at, message in unusable(values):
-        problems.setdefault(at, message)
-    classes, heads, formats = {}, {}, {}
-    for at, name, source in _entries(values, "data"):
-        try:
-            formats[name] = find_format(str(source.get("format", "coco")) if isinstance(source, dict) else "coco")
-        except UserError as error:
-            problems.setdefault(f"{at}.format", str(error))
-    for at, name, head in _entries(values, "heads"):
-        if not isinstance(head, dict) or not isinstance(head.get("type"), str):
-            problems.setdefault(at, f"is {show(head)}, must be a section with `type` and `data`")
-            continue
-        try:
-            classes[name] = find_head(head["type"])
-            heads[name] = _validated(classes[name].Config, head, at, problems)
-        except UserError as error:
-            problems.setdefault(f"{at}.type", str(error))
-    config = _validated(Config, values, "", problems)
-    if config is None or problems:
-        raise sources.error(problems.items())
-    config.heads = heads
-    config.eval.weights = config.eval.weights or ("ema" if config.ema else "model")
-    if config.checkpoint.every is None:
-        config.checkpoint.every = config.eval.every
-    if found := list(check_combinations(config, classes, formats, world_size)):
-        raise sources.error(found)
-    return config
-
-
-def _entries(values: dict[str, Any], section: str) -> Iterator[tuple[str, str, Any]]:
-    """Key path, name and content of each entry of `data` or `heads`."""
-    for name, entry in values[section].items() if isinstance(values.get(section), dict) else ():
-        yield f"{section}.{name}", name, entry
-
-
-def _validated(section: type[Section], values: dict[str, Any], at: str, problems: dict[str, str]) -> Any:
-    """The values as a section, or None and more `problems`."""
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        for key, message in problems_of(error, section, at):
-            problems.setdefault(key, message)
-    return None
-
-
 def _find(values: Any, at: str, default: Any = None) -> Any:
     """What is at a key path of plain containers."""
     for part in filter(None, re.split(r"[.\[\]]+", at)):
@@ -373,7 +273,3 @@ def _find(values: Any, at: str, default: Any = None) -> Any:
         else:
             return default
     return values
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -12,14 +12,24 @@ from detbb.core.errors import UserError, unknown_name
 T = TypeVar("T")
 
 
-def lookup(door: Mapping[str, T], name: str, *, key: str, check: Callable[[object], bool], what: str) -> T:
+def subclass_of(base: type) -> Callable[[object], bool]:
+    """A `check` for `lookup`."""
+    return lambda found: isinstance(found, type) and issubclass(found, base)
+
+
+def lookup(
+    door: Mapping[str, T], name: str, *, key: str, check: Callable[[object], bool], what: str, may_import: bool = True
+) -> T:
     """What `name` stands for: an entry of `door`, or the attribute of a module that `package.module:Name` imports.
 
     key: where the name was given, as errors say it. check: whether what a module holds is a `what`, such as
-    "subclass of detbb.Head". Raises: UserError: nothing of that name, or it is something else.
+    "subclass of detbb.Head". may_import: False for a name from a file that may be anybody's, see `refuse_import`.
+    Raises: UserError: nothing of that name, or it is something else.
     """
     if name in door:
         return door[name]
+    if not may_import:
+        refuse_import(name, key=key)
     module_name, outside, attribute = name.partition(":")
     if not outside:
         raise unknown_name(key, name, [*door, "package.module:Name"])

@@ -44,7 +44,7 @@ def tell_torchrun(error_file: str | None, text: str) -> None:
             json.dump({"message": {"message": text.strip(), "extraInfo": details}}, file)
 
 
-def one_line(error: object, most: int = 300) -> str:
+def one_line(error: object, most: int | None = 300) -> str:
     """What an error says, without line breaks and in at most so many characters; its type where it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 

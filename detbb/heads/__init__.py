@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from detbb.config.schema import HeadConfig
-from detbb.core.doors import lookup, refuse_import
+from detbb.core.doors import lookup, subclass_of
 from detbb.heads.base import Evaluator, Head, HeadSpec
 from detbb.heads.classify import ClassifyHead
 from detbb.heads.faster_rcnn import FasterRcnnHead
@@ -15,7 +15,7 @@ from detbb.heads.retinanet import RetinaNetHead
 from detbb.heads.semantic import SemanticHead
 from detbb.structures.predictions import Predictions
 
-__all__ = ["HEADS", "Evaluator", "Head", "HeadConfig", "HeadSpec", "Predictions", "find_head", "known_head"]
+__all__ = ["HEADS", "Evaluator", "Head", "HeadConfig", "HeadSpec", "Predictions", "find_head"]
 
 HEADS: dict[str, type[Head]] = {
     "classify": ClassifyHead,
@@ -29,16 +29,10 @@ HEADS: dict[str, type[Head]] = {
 }
 
 
-def find_head(type_name: str) -> type[Head]:
-    """The class of a head: a name in `HEADS`, or `package.module:Class`. Raises UserError if there is none."""
-    return lookup(HEADS, type_name, key="head type", check=_is_head, what="subclass of detbb.Head")
+def find_head(type_name: str, *, may_import: bool = True) -> type[Head]:
+    """The class of a head: a name in `HEADS`, or `package.module:Class`.
 
-
-def known_head(type_name: str) -> type[Head]:
-    """`find_head` for what a file names that may be anybody's: imports nothing."""
-    refuse_import(type_name, key="head type")
-    return find_head(type_name)
-
-
-def _is_head(found: object) -> bool:
-    return isinstance(found, type) and issubclass(found, Head)
+    may_import: False for a name from a file that may be anybody's. Raises: UserError: there is none.
+    """
+    what = "subclass of detbb.Head"
+    return lookup(HEADS, type_name, key="head type", check=subclass_of(Head), what=what, may_import=may_import)

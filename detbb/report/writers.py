@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from detbb.core.doors import lookup
+from detbb.core.doors import lookup, subclass_of
 from detbb.core.errors import UserError
 from detbb.core.files import write_atomically
 
@@ -159,12 +159,9 @@ def find_writers(names: Sequence[str]) -> list[type[Writer]]:
     """
     if names.count("metrics") != 1 or len(set(names)) < len(names):
         raise UserError(f"log.to: must name 'metrics', which a resumed run reads, and nothing twice; it is {names}")
-
-    def is_writer(found: object) -> bool:
-        return isinstance(found, type) and issubclass(found, Writer)
-
+    check, what = subclass_of(Writer), "subclass of detbb.Writer"
     ordered = sorted(names, key=lambda name: name == "metrics")
-    return [lookup(WRITERS, n, key="log.to", check=is_writer, what="subclass of detbb.Writer") for n in ordered]
+    return [lookup(WRITERS, n, key="log.to", check=check, what=what) for n in ordered]
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:

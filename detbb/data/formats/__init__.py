@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detbb.config.schema import DataConfig, SplitConfig
-from detbb.core.doors import lookup, refuse_import
+from detbb.core.doors import lookup
 from detbb.core.errors import UserError
 from detbb.data.formats.base import Format, Request
 from detbb.data.formats.coco import read_coco
@@ -25,16 +25,13 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def find_format(name: str) -> Format:
-    """A name in `FORMATS`, or `package.module:name` of a `Format`. Raises UserError if there is none."""
-    what = "detbb.data.formats.Format"
-    return lookup(FORMATS, name, key="data format", check=lambda found: isinstance(found, Format), what=what)
+def find_format(name: str, *, may_import: bool = True) -> Format:
+    """A name in `FORMATS`, or `package.module:name` of a `Format`.
 
-
-def known_format(name: str) -> Format:
-    """`find_format` for a name from a file that may be anybody's: imports nothing."""
-    refuse_import(name, key="data format")
-    return find_format(name)
+    may_import: False for a name from a file that may be anybody's. Raises: UserError: there is none.
+    """
+    check, what = (lambda found: isinstance(found, Format)), "detbb.data.formats.Format"
+    return lookup(FORMATS, name, key="data format", check=check, what=what, may_import=may_import)
 
 
 def read_split(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from detbb.config.schema import BackboneConfig
-from detbb.core.doors import lookup, refuse_import
+from detbb.core.doors import lookup, subclass_of
 from detbb.core.errors import UserError
 from detbb.modeling.backbones.base import Backbone
 from detbb.modeling.backbones.resnet import ARCHS, ResNet
@@ -14,16 +14,19 @@ from detbb.modeling.norm import NORM_TYPES, norm_layer
 BACKBONES: dict[str, type[Backbone]] = dict.fromkeys(ARCHS, ResNet)
 
 
-def find_backbone(arch: str) -> type[Backbone]:
-    """The class of a backbone: a name in `BACKBONES`, or `package.module:Class`. Raises UserError if there is none."""
-    return lookup(BACKBONES, arch, key="backbone.arch", check=_is_backbone, what="subclass of detbb.Backbone")
+def find_backbone(arch: str, *, may_import: bool = True) -> type[Backbone]:
+    """The class of a backbone: a name in `BACKBONES`, or `package.module:Class`.
+
+    may_import: False for a name from a file that may be anybody's. Raises: UserError: there is none.
+    """
+    check, what = subclass_of(Backbone), "subclass of detbb.Backbone"
+    return lookup(BACKBONES, arch, key="backbone.arch", check=check, what=what, may_import=may_import)
 
 
 def known_aliases(arch: str) -> Mapping[str, tuple[str, ...]]:
     """The `aliases` of a backbone that a file names; none where its module is not imported."""
     try:
-        refuse_import(arch, key="backbone.arch")
-        return find_backbone(arch).aliases
+        return find_backbone(arch, may_import=False).aliases
     except UserError:
         return {}
 
@@ -38,7 +41,3 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     if config.norm is not None and not backbone.takes_norm:
         raise UserError(f"backbone.norm: {config.norm!r}, but {config.arch} has norms of its own; valid is null")
     return backbone(config.arch, norm_layer=norm_layer(config.norm))  # type: ignore[call-arg]
-
-
-def _is_backbone(found: object) -> bool:
-    return isinstance(found, type) and issubclass(found, Backbone)
