@@ -208,7 +208,7 @@ class PhaseConfig(Section):
 
 
 class TrainConfig(Section):
-    """The loop."""
+    """The training loop."""
 
     steps: PositiveInt | None = None
     """Optimizer steps. Give this or `epochs`."""
@@ -341,9 +341,7 @@ class Config(Section):
     init_from: str | None = None
     """A checkpoint: every matching tensor starts from it; heads it lacks start fresh; a report says which."""
     backbone: BackboneConfig = BackboneConfig()
-    """See `backbone`."""
     neck: NeckConfig = NeckConfig()
-    """See `neck`."""
     data: dict[str, DataConfig] = {}
     """The data sources by name."""
     heads: dict[str, Any] = {}
@@ -357,16 +355,10 @@ class Config(Section):
     phases: list[PhaseConfig] = []
     """Phases in order, each with its own `freeze`."""
     train: TrainConfig = TrainConfig()
-    """See `train`."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """See `optimizer`."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """See `schedule`."""
     ema: EmaConfig | None = EmaConfig()
-    """See `ema`; `null`: no average."""
+    """Exponential moving average of what is trained; `null`: none."""
     eval: EvalConfig = EvalConfig()
-    """See `eval`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """See `checkpoint`."""
     log: LogConfig = LogConfig()
-    """See `log`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detbb.config.schema import HeadConfig
 from detbb.core.doors import lookup, subclass_of
-from detbb.heads.base import Evaluator, Head, HeadSpec
+from detbb.heads.base import Head, HeadSpec
 from detbb.heads.classify import ClassifyHead
 from detbb.heads.faster_rcnn import FasterRcnnHead
 from detbb.heads.faster_rcnn_c4 import FasterRcnnC4Head
@@ -13,6 +13,7 @@ from detbb.heads.keypoint_rcnn import KeypointRcnnHead
 from detbb.heads.mask_rcnn import MaskRcnnHead
 from detbb.heads.retinanet import RetinaNetHead
 from detbb.heads.semantic import SemanticHead
+from detbb.metrics.evaluators import Evaluator
 from detbb.structures.predictions import Predictions
 
 __all__ = ["HEADS", "Evaluator", "Head", "HeadConfig", "HeadSpec", "Predictions", "find_head"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from detbb.config.schema import BackboneConfig, HeadConfig
 from detbb.core.errors import UserError
+from detbb.metrics.evaluators import Evaluator
 from detbb.structures.annotations import Annotations
 from detbb.structures.batch import Batch, ImageSize
 from detbb.structures.predictions import Predictions as Predictions
@@ -45,29 +46,6 @@ class HeadSpec:
         if len(set(widths.values())) > 1:
             raise UserError(f"heads.{self.name}.levels: channels differ ({widths}); valid: FPN levels, or one level")
         return next(iter(widths.values()))
-
-
-class Evaluator(Protocol):
-    """Collects predictions of one branch over a split and computes its metrics. One per evaluation."""
-
-    def add(self, image_id: int, predictions: Predictions) -> None:
-        """Take one image's predictions, already in original coordinates, on the CPU."""
-
-    def state(self) -> list[dict[str, Any]]:
-        """What was added here, as plain containers: gathered over ranks, and written as `results.json`.
-
-        COCO results format with original category ids for boxes, masks and keypoints. One or more entries an image,
-        each with `image_id`.
-        """
-
-    def summarize(self, results: list[dict[str, Any]]) -> dict[str, float]:
-        """Metrics of everybody's `state()` entries, sorted by image, 0–100, by Detectron2's names (`bbox/AP`)."""
-
-    def curves(self) -> dict[str, Any] | None:
-        """Precision over recall of the last `summarize`, for `pr_curves.png`; None where there is none.
-
-        {"recall": (R,), "precision": {title: (R,)}}
-        """
 
 
 class Head(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from detbb.config.schema import BelowOne, HeadConfig
 from detbb.core.errors import UserError
 from detbb.distributed.collectives import shared_count
-from detbb.heads.base import Evaluator, Head, HeadSpec
+from detbb.heads.base import Head, HeadSpec
 from detbb.metrics.evaluators import ClassificationEvaluator
 from detbb.modeling.precision import at_least_fp32
 from detbb.structures.annotations import Annotations
@@ -86,7 +86,7 @@ class ClassifyHead(Head):
                 f"{annotations.root} shows {counts[wrong]} classes; valid is exactly one"
             )
 
-    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
+    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> ClassificationEvaluator:
         return ClassificationEvaluator(annotations, multi_label=self.config.multi_label)
 
     def class_tensors(self) -> tuple[str, ...]:

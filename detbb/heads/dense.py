@@ -16,7 +16,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from detbb.config.schema import HeadConfig, Norm, Share
-from detbb.heads.base import Evaluator, Head, HeadSpec
+from detbb.heads.base import Head, HeadSpec
 from detbb.metrics.evaluators import CocoEvaluator
 from detbb.modeling.precision import at_least_fp32
 from detbb.structures.annotations import Annotations
@@ -140,7 +140,7 @@ class DenseHead(Head):
         keep = batched_nms(boxes, scores, labels, self.config.nms_threshold)[: self.config.detections_per_image]
         return Predictions(boxes=boxes[keep].float(), scores=scores[keep].float(), labels=labels[keep])
 
-    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
+    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> CocoEvaluator:
         return CocoEvaluator(annotations, kinds=("bbox",), engine=engine)
 
     def class_tensors(self) -> tuple[str, ...]:

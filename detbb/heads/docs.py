@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from detbb.config.messages import describe_range, node_at
+from detbb.config.messages import describe_range, node_at, show
 from detbb.config.schema import Config, HeadConfig
 from detbb.heads import HEADS
 
@@ -40,27 +40,17 @@ A name is a submodule of the detector: `backbone`, `backbone.stem` (conv1 and bn
 included. What others write is `freeze: [backbone.stem, backbone.layer1]` here: Detectron2's `FREEZE_AT = 2`,
 MMDetection's `frozen_stages=1` and torchvision's `trainable_backbone_layers=3`.
 """
-
-
 _TYPES = {"boolean": "true | false", "integer": "whole number", "number": "number", "string": "text", "null": "null"}
 
 
 def make_docs() -> str:
     """The page as Markdown."""
-    schema = Config.model_json_schema()
-    parts = [
-        _INTRODUCTION,
-        *_sections("", schema),
-        _FREEZING,
-        *_sections("heads.<name>", HeadConfig.model_json_schema()),
-    ]
+    heads = _sections("heads.<name>", HeadConfig.model_json_schema())
+    parts = [_INTRODUCTION, *_sections("", Config.model_json_schema()), _FREEZING, *heads]
     for name, head in HEADS.items():
         shared = {f for f in HeadConfig.model_fields if f not in vars(head.Config).get("__annotations__", {})}
-        parts.append(
-            f"## `heads.<name>` of `type: {name}`\n\n{_first(head.__doc__)}\n\n"
-            + "\n".join(_entries(head.Config.model_json_schema(), leave_out=shared))
-            + "\n"
-        )
+        entries = "\n".join(_entries(head.Config.model_json_schema(), leave_out=shared))
+        parts.append(f"## `heads.<name>` of `type: {name}`\n\n{_first(head.__doc__)}\n\n{entries}\n")
     return "\n".join(parts)
 
 
@@ -68,13 +58,10 @@ def make_schema() -> str:
     """The JSON schema for editors. Nothing is required, since a base may hold it."""
     schema = Config.model_json_schema()
     definitions = schema["$defs"] | {f"{n} head": head.Config.model_json_schema() for n, head in HEADS.items()}
-    by_type = [
-        {
-            "if": {"properties": {"type": {"const": name}}, "required": ["type"]},
-            "then": {"$ref": f"#/$defs/{name} head"},
-        }
-        for name in HEADS
-    ]
+    by_type = []
+    for name in HEADS:
+        is_it = {"properties": {"type": {"const": name}}, "required": ["type"]}
+        by_type.append({"if": is_it, "then": {"$ref": f"#/$defs/{name} head"}})
     types = {"anyOf": [{"enum": list(HEADS)}, {"type": "string", "pattern": ":"}]}
     heads = {"type": "object", "properties": {"type": types}, "allOf": by_type}
     schema["properties"]["heads"]["additionalProperties"] = heads
@@ -87,7 +74,8 @@ def make_schema() -> str:
 def _sections(at: str, schema: dict[str, Any], keys: tuple[str | int, ...] = ()) -> Iterator[str]:
     """A section and those inside it, in the order of their fields."""
     node = node_at(schema, keys)
-    yield "\n".join([f"## `{at}`\n" if at else "## The run\n", f"{_first(node['description'])}\n", *_entries(node), ""])
+    title = f"## `{at}`\n" if at else "## The run\n"
+    yield "\n".join([title, f"{_first(node['description'])}\n", *_entries(schema, keys), ""])
     for name in node["properties"]:
         for inside, shown in (((), name), ((0,), f"{name}[…]"), (("<name>",), f"{name}.<name>")):
             below = (*keys, name, *inside)
@@ -95,14 +83,16 @@ def _sections(at: str, schema: dict[str, Any], keys: tuple[str | int, ...] = ())
                 yield from _sections(f"{at}.{shown}" if at else shown, schema, below)
 
 
-def _entries(section: dict[str, Any], leave_out: Iterable[str] = ()) -> Iterator[str]:
+def _entries(schema: dict[str, Any], keys: tuple[str | int, ...] = (), leave_out: Iterable[str] = ()) -> Iterator[str]:
+    section = node_at(schema, keys)
     for name, field in section["properties"].items():
         if name in leave_out:
             continue
         default = "" if isinstance(field.get("default"), dict) else f", default `{_yaml(field.get('default'))}`"
         if name in section.get("required", ()):
             default = ", must be given"
-        yield f"- **`{name}`** ({_type(field)}{default}): {_first(field['description'])}"
+        meaning = field.get("description") or node_at(schema, (*keys, name))["description"]
+        yield f"- **`{name}`** ({_type(field)}{default}): {_first(meaning)}"
 
 
 def _first(text: str | None) -> str:
@@ -128,9 +118,7 @@ def _type(node: Any) -> str:
 
 def _yaml(value: Any) -> str:
     """The default as YAML would say it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"[{', '.join(map(_yaml, value))}]" if isinstance(value, list) else str(value)
+    return f"[{', '.join(map(_yaml, value))}]" if isinstance(value, list) else show(value).strip("'")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from detbb.config.schema import Share, at_most
 from detbb.core.errors import UserError
-from detbb.heads.base import Evaluator, Head, HeadSpec
+from detbb.heads.base import Head, HeadSpec
 from detbb.heads.rpn import SMOOTH_L1_BETA, Rpn, RpnConfig, RpnOutput, count_for
 from detbb.heads.sampling import SeededSampler
 from detbb.metrics.coco_ap import Kind
@@ -140,7 +140,7 @@ class TwoStageHead(Head):
     def class_tensors(self) -> tuple[str, ...]:
         return tuple(f"box_predictor.{n}.{p}" for n in ("cls_score", "bbox_pred") for p in ("weight", "bias"))
 
-    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
+    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> CocoEvaluator:
         return CocoEvaluator(annotations, kinds=self.metrics, engine=engine)
 
     def forward(self, features: dict[str, Tensor], sizes: list[ImageSize]) -> TwoStageOutput:

@@ -13,7 +13,7 @@ from torchvision.ops import Conv2dNormActivation
 from detbb.config.schema import HeadConfig, Norm
 from detbb.data.formats.semantic import IGNORE
 from detbb.distributed.collectives import shared_count
-from detbb.heads.base import Evaluator, Head, HeadSpec
+from detbb.heads.base import Head, HeadSpec
 from detbb.metrics.evaluators import SemanticEvaluator
 from detbb.modeling.norm import norm_layer
 from detbb.modeling.precision import at_least_fp32
@@ -85,7 +85,7 @@ class SemanticHead(Head):
         stride = self.spec.strides[self.picked_levels[0]]
         return _resize(at_least_fp32(logits), [side * stride for side in logits.shape[-2:]])
 
-    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
+    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> SemanticEvaluator:
         return SemanticEvaluator(annotations)
 
     def class_tensors(self) -> tuple[str, ...]:

@@ -66,35 +66,60 @@ def coco_results(
     return entries
 
 
-class CocoEvaluator:
+class Evaluator:
+    """Collects predictions of one branch over a split and computes its metrics. One per evaluation."""
+
+    def __init__(self, annotations: Annotations) -> None:
+        self._annotations = annotations
+        self._index = {number: i for i, number in enumerate(annotations.image_ids.tolist())}
+        self._ids: list[int] = annotations.category_ids.tolist()
+        self._results: list[dict[str, Any]] = []
+
+    def add(self, image_id: int, predictions: Predictions) -> None:
+        """Take one image's predictions, already in original coordinates, on the CPU."""
+        height, width = self._annotations.sizes[self._index[image_id]].tolist()
+        self._results += coco_results(image_id, predictions, self._ids, (height, width))
+
+    def state(self) -> list[dict[str, Any]]:
+        """What was added here, as plain containers: gathered over ranks, and written as `results.json`.
+
+        COCO results format with original category ids for boxes, masks and keypoints. One or more entries an image,
+        each with `image_id`.
+        """
+        return self._results
+
+    def summarize(self, results: list[dict[str, Any]]) -> dict[str, float]:
+        """Metrics of everybody's `state()` entries, sorted by image, 0–100, by Detectron2's names (`bbox/AP`)."""
+        raise NotImplementedError
+
+    def curves(self) -> dict[str, Any] | None:
+        """Precision over recall of the last `summarize`, for `pr_curves.png`; None where there is none.
+
+        {"recall": (R,), "precision": {title: (R,)}}
+        """
+        return None
+
+
+class CocoEvaluator(Evaluator):
     """COCO's AP: `bbox/AP AP50 AP75 APs APm APl AP-<class>`, the same under `segm`, and `keypoints` (without APs).
 
     A number without ground truth (a class or size range that the split lacks) is left out.
     """
 
     def __init__(self, annotations: Annotations, kinds: Sequence[Kind] = ("bbox",), *, engine: str = "hotcoco") -> None:
-        self._annotations, self._kinds, self._engine = annotations, kinds, engine
+        super().__init__(annotations)
+        self._kinds, self._engine = kinds, engine
         self.max_detections = COCO_LIMIT  # of an image and class that count
-        self._index = {number: i for i, number in enumerate(annotations.image_ids.tolist())}
-        self._results: list[dict[str, Any]] = []
         self._curves: dict[str, np.ndarray] = {}
-
-    def add(self, image_id: int, predictions: Predictions) -> None:
-        height, width = self._annotations.sizes[self._index[image_id]].tolist()
-        self._results += coco_results(image_id, predictions, self._annotations.category_ids.tolist(), (height, width))
-
-    def state(self) -> list[dict[str, Any]]:
-        return self._results
 
     def summarize(self, results: list[dict[str, Any]]) -> dict[str, float]:
         metrics: dict[str, float | None] = {}
         self._curves = {}
-        order = np.argsort(np.argsort(self._annotations.category_ids))  # engines sort classes by id
+        order = np.argsort(np.argsort(self._ids))  # engines sort classes by id
         for kind in self._kinds:
             truth = coco_ground_truth(self._annotations, kind)
-            precision = coco_evaluation(truth, results, kind, self._engine, self.max_detections)["precision"][..., -1][
-                :, :, order
-            ]
+            found = coco_evaluation(truth, results, kind, self._engine, self.max_detections)
+            precision = found["precision"][..., -1][:, :, order]  # (10 IoUs, 101 recalls, C, areas)
             ranges = ("s", "m", "l") if kind != "keypoints" else ("m", "l")
             metrics[f"{kind}/AP"] = _mean(precision[..., 0])
             metrics[f"{kind}/AP50"] = _mean(precision[0, ..., 0])
@@ -127,33 +152,25 @@ def _mean(precision: np.ndarray) -> float | None:
     return 100 * float(known.mean()) if known.size else None
 
 
-class SemanticEvaluator:
+class SemanticEvaluator(Evaluator):
     """`sem/mIoU fwIoU mACC pACC IoU-<class>`; a class in neither ground truth nor prediction is left out of the means.
 
     Results are Detectron2's `{image_id, category_id, segmentation}` plus `truth`: how many of these pixels the ground
     truth gives to which category id. So ranks share the counting, and the sums are exact.
     """
 
-    def __init__(self, annotations: Annotations, *, engine: str = "hotcoco") -> None:
-        self._annotations = annotations
-        self._index = {number: i for i, number in enumerate(annotations.image_ids.tolist())}
-        self._results: list[dict[str, Any]] = []
-
     def add(self, image_id: int, predictions: Predictions) -> None:
         assert predictions.semantic is not None
-        ids = self._annotations.category_ids.tolist()
         truth = read_mask(self._annotations, self._index[image_id])
         predicted = predictions.semantic.numpy()
-        for entry in coco_results(image_id, predictions, ids, predicted.shape):
-            counts = np.bincount(truth[predicted == ids.index(entry["category_id"])], minlength=len(ids))[: len(ids)]
-            entry["truth"] = {str(ids[label]): int(counts[label]) for label in np.flatnonzero(counts)}
+        for entry in coco_results(image_id, predictions, self._ids, predicted.shape):
+            pixels = truth[predicted == self._ids.index(entry["category_id"])]
+            counts = np.bincount(pixels, minlength=len(self._ids))[: len(self._ids)]
+            entry["truth"] = {str(self._ids[label]): int(counts[label]) for label in np.flatnonzero(counts)}
             self._results.append(entry)
 
-    def state(self) -> list[dict[str, Any]]:
-        return self._results
-
     def summarize(self, results: list[dict[str, Any]]) -> dict[str, float]:
-        label = {number: i for i, number in enumerate(self._annotations.category_ids.tolist())}
+        label = {number: i for i, number in enumerate(self._ids)}
         confusion = np.zeros((len(label), len(label)), dtype=np.int64)  # ground truth, prediction
         for entry in results:
             for number, pixels in entry["truth"].items():
@@ -173,34 +190,23 @@ class SemanticEvaluator:
         metrics |= {f"sem/IoU-{name}": iou[i] for i, name in enumerate(self._annotations.classes) if seen[i]}
         return {name: 100 * float(value) for name, value in metrics.items()}
 
-    def curves(self) -> None:
-        return None
 
-
-class ClassificationEvaluator:
+class ClassificationEvaluator(Evaluator):
     """Single label: `cls/accuracy accuracy-<class>` of images that have one class. Multi label: `cls/mAP AP-<class>`.
 
     An image has the classes of its objects, crowds too. Single label takes the images with exactly one class; the
     accuracy of a class is over the images that have it. AP is the area under the precision steps (as scikit-learn's).
     """
 
-    def __init__(self, annotations: Annotations, *, multi_label: bool = False, engine: str = "hotcoco") -> None:
-        self._annotations = annotations
+    def __init__(self, annotations: Annotations, *, multi_label: bool = False) -> None:
+        super().__init__(annotations)
         self._multi_label = multi_label
-        self._results: list[dict[str, Any]] = []
-
-    def add(self, image_id: int, predictions: Predictions) -> None:
-        self._results += coco_results(image_id, predictions, self._annotations.category_ids.tolist(), (0, 0))
-
-    def state(self) -> list[dict[str, Any]]:
-        return self._results
 
     def summarize(self, results: list[dict[str, Any]]) -> dict[str, float]:
         data = self._annotations
         truth = np.zeros((len(data), len(data.classes)), dtype=bool)
         truth[np.repeat(np.arange(len(data)), np.diff(data.first)), data.labels] = True
-        index = {number: i for i, number in enumerate(data.image_ids.tolist())}
-        rows = [index[entry["image_id"]] for entry in results]
+        rows = [self._index[entry["image_id"]] for entry in results]
         truth, scores = truth[rows], np.array([entry["scores"] for entry in results]).reshape(-1, len(data.classes))
         values: dict[int, float]
         if self._multi_label:
@@ -218,9 +224,6 @@ class ClassificationEvaluator:
         metrics: dict[str, float] = {} if mean is None else {whole: float(mean)}
         metrics |= {f"cls/{name}-{data.classes[label]}": value for label, value in values.items()}
         return {key: 100 * float(value) for key, value in metrics.items()}
-
-    def curves(self) -> None:
-        return None
 
 
 def _average_precision(truth: np.ndarray, scores: np.ndarray) -> float:
