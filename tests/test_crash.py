@@ -155,7 +155,7 @@ def stop_the_group() -> None:
 
 
 def workers_that_heed_signals() -> None:
-    import_module("detbb.data.loader")._start_worker = lambda _: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    import_module("detbb.data.loader").start_worker = lambda _: signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_a_signal_to_the_whole_group_leaves_a_checkpoint(tmp_path, images):

@@ -178,20 +178,20 @@ def test_a_backbone_with_norms_of_its_own_says_so(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        ("resnet51", r"backbone\.arch: 'resnet51' is not known; valid are .*package\.module:Name"),
+        ("resnet51", r"backbone\.arch 'resnet51' is not known; valid are .*package\.module:Name"),
         ("no_such_module:Net", r"backbone\.arch 'no_such_module:Net': cannot import 'no_such_module'"),
         ("pathlib:Path", r"backbone\.arch 'pathlib:Path': 'Path' of 'pathlib' is no subclass of detbb\.Backbone"),
     ],
 )
 def test_a_backbone_that_cannot_be_used_is_an_error_at_start(tmp_path: Path, arch: str, message: str):
     with pytest.raises(UserError, match=message):
-        train(tiny_config(tmp_path, f"backbone.arch='{arch}'"))
+        tiny_config(tmp_path, f"backbone.arch='{arch}'")  # before data are read
 
 
 def test_a_checkpoint_does_not_choose_the_backbones_code(tmp_path: Path):
     values = config_to_dict(tiny_config(tmp_path))
     values["backbone"]["arch"] = "not_imported_yet:Net"
-    with pytest.raises(UserError, match=r"backbone\.arch of a file 'not_imported_yet:Net'.*--import not_imported_yet"):
+    with pytest.raises(UserError, match=r"a file: backbone\.arch 'not_imported_yet:Net'.*--import not_imported_yet"):
         config_from_dict(values, "a file")
 
 

@@ -162,6 +162,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dict[str, E
     tell("bad image", "[]")
     path.write_bytes(whole)
     tell("nan", "[nan@2]")
+    tell("nan gradient", "[nan_gradient@1]")
     tell("sigterm", "[pause@2]", act=lambda job: (job.wait_for(lambda: job.times("FAULT")), job.process.terminate()))
     tell("restart", "[sigterm@2, none@0]", restarts=1)
     return ends
@@ -175,6 +176,7 @@ FAILURES = {
     "stop": (4, r"rank +: 1 [\s\S]*" + LOST),
     "bad image": (5, r"rank +: 1 [\s\S]*exitcode +: 2 [\s\S]*traceback : error: [^\n]*\.png[^\n]*"),
     "nan": (6, NOT_FINITE),
+    "nan gradient": (6, NOT_FINITE.replace("[^(]*nan[^(]*", "[^(]*")),
 }  # the newest checkpoint's step; what is shown last
 
 

@@ -36,6 +36,10 @@ class Stopped(Exception):
         self.signal = signal
 
 
+class StoppedWaiting(Stopped):
+    """A signal asked the run to end while it waited for data that may never come."""
+
+
 def tell_torchrun(error_file: str | None, text: str) -> None:
     """Make `text` what torchrun shows last, as the error of the process that was given this TORCHELASTIC_ERROR_FILE."""
     if error_file:

@@ -19,6 +19,15 @@ def memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def shared_memory() -> int | None:
+    """Free bytes of what processes hand batches over in; None where there is no such place."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
 def check_batch(images: int, hw: tuple[int, int], keys: str) -> None:
     """Refuse a batch that cannot fit into this machine's memory. Raises: UserError naming the `keys` to lower."""
     needed = images * hw[0] * hw[1] * BYTES_PER_PIXEL

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from detbb.core.errors import UserError, one_line
+from detbb.core.files import REFUSED
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")  # no format that starts a program
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pnm .jp2 .j2k".split())  # noqa: SIM905
@@ -188,7 +189,10 @@ def _open(path: str | Path) -> BinaryIO:
     except (OSError, ValueError) as e:
         if isinstance(e, BadImage):
             raise
-        raise BadImage(path, f"cannot be read: {getattr(e, 'strerror', None) or e}") from None
+        why = f"cannot be read: {getattr(e, 'strerror', None) or e}"
+        if isinstance(e, OSError) and e.errno not in REFUSED:  # `on_bad_image: skip` would leave out sound images
+            raise UserError(f"{path}: {why}; this is the machine's fault (too many open files: ulimit -n)") from None
+        raise BadImage(path, why) from None
 
 
 def _identify(path: str | Path, file: BinaryIO) -> Image.Image:

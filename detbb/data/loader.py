@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
-import multiprocessing
-import signal
 import warnings
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +11,6 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader, Dataset
 
 from detbb.config.schema import Config, DataConfig
@@ -25,6 +20,7 @@ from detbb.data.feature_store import Store
 from detbb.data.images import BadImage
 from detbb.data.sample import SampleReader
 from detbb.data.sampler import MicroBatch, SampleKey, SampleOrder, SourceSchedule, StepSampler, hash_seed
+from detbb.data.workers import end_workers_at_exit, start_worker
 from detbb.structures.annotations import Annotations
 from detbb.structures.batch import Batch, CacheEntry, Target, collate
 
@@ -193,7 +189,7 @@ def eval_loader(
 def _loader(dataset: Dataset, batches: Any, workers: int, *, pin: bool) -> BatchLoader:
     cv2.setNumThreads(0)  # parallel are the workers; threads of OpenCV's would compete with PyTorch's
     if workers:
-        _end_workers_at_exit()
+        end_workers_at_exit()
     with warnings.catch_warnings():  # of more workers than cores: setup.advice says it, once
         warnings.filterwarnings("ignore", "This DataLoader will create")
         return BatchLoader(
@@ -201,35 +197,12 @@ def _loader(dataset: Dataset, batches: Any, workers: int, *, pin: bool) -> Batch
             batch_sampler=batches,
             collate_fn=_as_is,
             num_workers=workers,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             multiprocessing_context="fork" if workers else None,  # shares the annotations' pages
             pin_memory=pin and torch.cuda.is_available(),
             generator=torch.Generator(),  # else starting workers would draw from the global stream
         )
 
 
-@functools.cache
-def _end_workers_at_exit() -> None:
-    """Once a process: kill the workers of loaders that are still referred to when it exits."""
-
-    def kill() -> None:
-        for child in multiprocessing.active_children():
-            if child.daemon:
-                child.kill()
-
-    atexit.register(kill)
-
-
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def _start_worker(worker: int) -> None:
-    """Workers leave signals to the main process, which saves first, and keep to one thread each.
-
-    A process that exits asks its children to end by the very signal they ignore, and waits: see `_end_workers_at_exit`.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)  # where the main process is killed
-    torch.set_num_threads(1)

@@ -18,10 +18,10 @@ from detbb.config.checks import check_combinations
 from detbb.config.loading import Sources, config_to_dict, override_layer, resolve
 from detbb.config.messages import problems_of, show, unusable
 from detbb.config.schema import Config, Section
-from detbb.core.doors import refuse_import
 from detbb.core.errors import UserError
 from detbb.data.formats import find_format
 from detbb.heads import find_head
+from detbb.modeling.backbones import find_backbone
 
 
 def load_config(
@@ -51,9 +51,7 @@ def config_from_dict(values: dict[str, Any], origin: str, *, overrides: Sequence
     Nothing is resolved: a stored configuration reads no environment, and imports no code. Raises: UserError.
     """
     sources = Sources([(origin, {})], [override_layer(text) for text in overrides])
-    config = _build(sources.merged_onto(copy.deepcopy(values)), {}, sources, may_import=False)
-    refuse_import(config.backbone.arch, key=f"backbone.arch of {origin}")
-    return config
+    return _build(sources.merged_onto(copy.deepcopy(values)), {}, sources, may_import=False)
 
 
 def _build(
@@ -84,6 +82,12 @@ def _build(
             heads[name] = _validated(classes[name].Config, head, at, problems)
         except UserError as error:
             problems.setdefault(f"{at}.type", str(error))
+    backbone = values.get("backbone")
+    if isinstance(backbone, dict) and isinstance(arch := backbone.get("arch"), str):
+        try:
+            find_backbone(arch, may_import=may_import)
+        except UserError as error:
+            problems.setdefault("backbone.arch", str(error).removeprefix("backbone.arch").lstrip(": "))
     config = _validated(Config, values, "", problems)
     if config is None or problems:
         raise sources.error(problems.items())

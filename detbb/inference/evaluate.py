@@ -25,6 +25,7 @@ from detbb.data.formats.semantic import read_mask
 from detbb.data.images import BadImage, read_image
 from detbb.data.loader import eval_loader
 from detbb.data.transforms import rasterize
+from detbb.data.workers import worker_failures
 from detbb.detector import Detector
 from detbb.distributed.collectives import (
     all_gather_objects,
@@ -240,7 +241,7 @@ def evaluate(
         raise unknown_name("--head", unknown[0], settings.heads)
     if output_dir is not None:
         check_folder(Path(output_dir))
-    with processes(settings) as device:
+    with processes(settings) as device, worker_failures():
         data = _read(content, settings, heads, split, may_write=config is not None)
         if settings.eval.weights == "both":
             kinds = ["ema", "model"]

@@ -25,6 +25,7 @@ from detbb.config.schema import Config
 from detbb.core.folder_lock import FolderLock
 from detbb.data.loader import train_loader
 from detbb.data.sampler import hash_seed
+from detbb.data.workers import worker_failures
 from detbb.distributed.collectives import rank, world_size
 from detbb.distributed.processes import processes
 from detbb.feature_cache import setup as cache_setup
@@ -39,7 +40,7 @@ from detbb.training.evaluation import evaluate_run
 from detbb.training.optim import find_schedule
 from detbb.training.signals import StopSignals
 from detbb.training.start import needs_by_source, start_run
-from detbb.training.state import Run, save_checkpoint
+from detbb.training.state import Run, save_checkpoint, saved_while_waiting
 from detbb.training.step import StepResult, read_losses, train_step
 
 
@@ -51,9 +52,10 @@ def train(config: Config, *, resume: str | None = None) -> Path:
     resume: None for a fresh run, `auto` for the newest valid checkpoint of the run folder, or a checkpoint file.
     Raises: UserError: config, data or checkpoint cannot work; Stopped: a signal came, and a checkpoint is safe.
     """
-    with processes(config) as device, StopSignals() as stop, FolderLock() as lock:
+    with processes(config) as device, StopSignals() as stop, FolderLock() as lock, worker_failures():
         run = start_run(config, resume, device, stop, lock)
-        with closing(run.log):
+        stop.started = True
+        with closing(run.log), saved_while_waiting(run):
             if run.saved == run.step and run.due(config.eval.every) and run.missing_evaluations():
                 start_phase(run, phase_at(run.phases, run.step - 1))  # the interruption came before evaluating
                 evaluate_run(run)

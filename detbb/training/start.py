@@ -20,8 +20,10 @@ from detbb.config.schema import Config
 from detbb.core.errors import UserError, some
 from detbb.core.files import check_folder, remove_leftovers, writing
 from detbb.core.folder_lock import FolderLock
+from detbb.core.machine import cores
 from detbb.data.doctor.examine import examine
 from detbb.data.loader import train_loader
+from detbb.data.workers import shared_memory_warning
 from detbb.detector import Detector, build_detector
 from detbb.distributed.collectives import all_gather_objects, raise_on_all_ranks, rank, world_size
 from detbb.feature_cache import setup as cache_setup
@@ -358,11 +360,10 @@ def advice(config: Config, detector: Detector) -> list[str]:
     lines = []
     if world_size() == 1 and any(isinstance(m, SyncBatchNorm) for m in detector.modules()):
         lines.append("norm sync_bn on one process is plain bn")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = config.train.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if workers > cores:
-        lines.append(f"train.workers: {workers} data workers on {cores} cores take time from training; try fewer")
-    return lines
+    if workers > cores():
+        lines.append(f"train.workers: {workers} data workers on {cores()} cores take time from training; try fewer")
+    return lines + shared_memory_warning(config, world_size=world_size())
 
 
 # ---- the run folder ----

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from detbb.checkpoint.folder import CheckpointFolder
 from detbb.config.loading import config_to_dict
 from detbb.config.phases import Phase, phase_at
 from detbb.config.schema import Config
-from detbb.core.errors import Stopped, some
+from detbb.core.errors import Stopped, StoppedWaiting, some
 from detbb.distributed.collectives import all_gather_objects, from_rank0, raise_on_all_ranks, rank, world_size
 from detbb.freeze import FrozenTensorChanged, averaged_names, changed, explain, frozen_in_train_mode
 from detbb.report.freeze_report import FreezeJournal
@@ -92,6 +94,17 @@ class Run:
         last = self.checkpoints.folder / "last.pt"
         self.log.info(f"{stopped} after step {self.step}; checkpoint {last}; go on with --resume")
         return stopped
+
+
+@contextmanager
+def saved_while_waiting(run: Run) -> Iterator[None]:
+    """Save before a signal ends a run that waits for data: a process alone is at a step boundary then."""
+    try:
+        yield
+    except StoppedWaiting as stopped:
+        if world_size() == 1 and run.saved != run.step > 0:
+            save_checkpoint(run)
+        raise run.stopped(stopped.signal) from None
 
 
 def capture(run: Run) -> dict[str, Any]:

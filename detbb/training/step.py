@@ -204,18 +204,33 @@ def _refuse(state: TrainState, batches: list[Batch], sums: dict[str, Tensor], *,
     everyone = all_gather_objects((terms, images))
     if state.config.on_nonfinite == "skip" and state.skipped_in_row <= state.config.max_skipped:
         return
-    blamed = [r for r, (t, _) in enumerate(everyone) if not all(map(math.isfinite, t.values()))] or [
-        *range(len(everyone))
-    ]
+    blamed = [r for r, (t, _) in enumerate(everyone) if not all(map(math.isfinite, t.values()))]
+    if not blamed and world_size() > 1:  # DDP has spread the gradients: they are computed again, by each rank alone
+        finite = all_gather_objects(_own_gradient_is_finite(state, batches))
+        blamed = [r for r, is_finite in enumerate(finite) if not is_finite]
+    everybody = "" if blamed or world_size() == 1 else "on all ranks: "
+    blamed = blamed or [*range(len(everyone))]
     saved = f"{folder}/nonfinite_step_{step:07d}_rank_{{}}.pt"
     if rank() in blamed:
         content = {"step": step, "losses": terms, "batches": [_plain(b) for b in batches]}
         save_tensors(Path(saved.format(rank())), content)
     details = "; ".join(f"rank {r}: losses {everyone[r][0]}, image ids {everyone[r][1]}" for r in blamed)
     raise NonFinite(
-        f"step {step}: a loss or gradient is not finite ({details}); no weight was changed, "
+        f"step {step}: a loss or gradient is not finite ({everybody}{details}); no weight was changed, "
         f"the batch is saved in {saved.format(blamed[0] if len(blamed) == 1 else '*')}; {CURES}"
     )
+
+
+def _own_gradient_is_finite(state: TrainState, batches: list[Batch]) -> bool:
+    """Whether the gradient of this rank's batches alone is finite; every rank calls it, and none learns from it."""
+    model, state.model = state.model, state.detector
+    try:
+        _backward(state, batches, state.detector.trainable_parameters())
+    finally:
+        state.model = model
+    gradients = [p.grad for p in state.detector.parameters() if p.grad is not None]
+    state.optimizer.zero_grad(set_to_none=True)
+    return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
 
 def _moving_statistics(detector: Detector) -> list[tuple[Tensor, Tensor]]:

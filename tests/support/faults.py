@@ -20,7 +20,7 @@ class FaultyConfig(FcosConfig):
 
 
 class FaultyHead(FcosHead):
-    """FCOS, until rank 1 fails: `raise`, `kill`, `exit`, `stop` (it hangs), `nan`, `sigterm` or `pause`."""
+    """FCOS, until rank 1 fails: `raise`, `kill`, `exit`, `stop` (it hangs), `nan`, `nan_gradient`, `sigterm` …"""
 
     Config = FaultyConfig
 
@@ -34,6 +34,9 @@ class FaultyHead(FcosHead):
     def loss(self, output: Any, batch: Any) -> dict[str, Any]:
         losses = super().loss(output, batch)
         self.left -= 1
+        if self.fault == "nan_gradient" and self.left <= 0 and os.environ.get("RANK") == "1":
+            name = min(losses)
+            losses[name].register_hook(lambda g: g * float("nan"))
         if self.left != 0:
             return losses
         print(f"FAULT {time.time()}", file=sys.stderr, flush=True)
@@ -45,7 +48,7 @@ class FaultyHead(FcosHead):
             return {name: value * float("nan") for name, value in losses.items()}
         if self.fault == "pause":
             time.sleep(3)
-        elif self.fault != "none":
+        elif self.fault not in ("none", "nan_gradient"):
             number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "sigterm": signal.SIGTERM}[self.fault]
             os.kill(os.getpid(), number)
         return losses

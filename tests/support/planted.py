@@ -6,11 +6,19 @@
 from __future__ import annotations
 
 import copy
+import errno
+import fcntl
+import importlib
 import io
+import itertools
 import json
 import os
 import pickle
+import resource
 import shutil
+import signal
+import threading
+import time
 import unicodedata
 import zipfile
 from collections import OrderedDict
@@ -1194,6 +1202,7 @@ STORED_WISHES = [
     StoredWish("a file to start from", "not used", {"init_from": AUTHOR}),
     StoredWish("log writers of a module", "not used", {"log/to": ["antigravity:x"]}),
     StoredWish("a head of a module", "refused", {"heads/shapes/type": "antigravity:x"}, "what code runs"),
+    StoredWish("a backbone of a module", "refused", {"backbone/arch": "antigravity:x"}, "what code runs"),
     StoredWish("a data format of a module", "refused", {"data/shapes/format": "antigravity:x"}, "what code runs"),
     StoredWish("an environment variable", "refused", {"data/shapes/val/images": "${oc.env:HOME}"}, "not resolved"),
     StoredWish("a network address", "refused", {"data/shapes/val/images": "http://127.0.0.1:9/"}, "is not there"),
@@ -1207,6 +1216,192 @@ STORED_WISHES = [
 ]
 
 
+@dataclass(frozen=True)
+class MachineFault:
+    """What a machine does to a run of four steps, with a checkpoint after each of which two are kept."""
+
+    title: str
+    outcome: str
+    says: str
+    plant: tuple[Callable[[], None], ...]  # what the process calls before it starts
+    code: int = 2
+    options: tuple[str, ...] = ("train.workers=1",)
+    step: int | None = None  # of the newest checkpoint
+    traceback: bool = False
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"detbb.{name}")
+
+
+def limit_files_to_a_batch() -> None:
+    """No file may be larger than a batch: shared memory is full, as posix_fallocate says it."""
+    start = _module("data.workers").start_worker
+
+    def limited(worker: int) -> None:
+        start(worker)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    _module("data.loader").start_worker = limited
+
+
+def limit_open_files() -> None:
+    dataset = _module("data.loader").TrainDataset
+    read, main = dataset.__getitems__, os.getpid()
+
+    def limited(self: Any, keys: Any) -> Any:
+        batch = read(self, keys)
+        if os.getpid() != main:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        return batch
+
+    dataset.__getitems__ = limited
+
+
+def limit_open_files_for_images() -> None:
+    """With `on_bad_image: skip`, no sound image may be left out for it."""
+    _in_a_worker(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)))()
+
+
+def _in_a_worker(act: Callable[[], object]) -> Callable[[], None]:
+    def plant() -> None:
+        dataset = _module("data.loader").TrainDataset
+        read, main, calls = dataset.__getitems__, os.getpid(), itertools.count(1)
+
+        def planted(self: Any, keys: Any) -> Any:
+            if os.getpid() != main and next(calls) == 3:
+                act()
+            return read(self, keys)
+
+        dataset.__getitems__ = planted
+
+    return plant
+
+
+def worker_is_killed() -> None:
+    _in_a_worker(lambda: os.kill(os.getpid(), signal.SIGKILL))()
+
+
+def worker_has_a_bus_error() -> None:
+    _in_a_worker(lambda: os.kill(os.getpid(), signal.SIGBUS))()
+
+
+def worker_leaves() -> None:
+    _in_a_worker(lambda: os._exit(5))()
+
+
+def data_never_come() -> None:
+    _in_a_worker(lambda: time.sleep(600))()
+
+
+def stop_after_two_steps() -> None:
+    loop = _module("training.loop")
+    honest, calls = loop.train_step, itertools.count(1)
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        result = honest(*args, **kwargs)
+        if next(calls) == 2:
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return result
+
+    loop.train_step = stopped
+
+
+def stop_before_the_first_step() -> None:
+    start = _module("training.start")
+    honest = start.read_sources
+
+    def stopped(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        return honest(*args)
+
+    start.read_sources = stopped
+
+
+def little_shared_memory() -> None:
+    _module("data.workers").shared_memory = lambda: 1000
+
+
+def immutable_checkpoints() -> None:
+    honest = Path.unlink
+
+    def unlink(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.name.startswith("step_"):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        honest(path, *args, **kwargs)
+
+    Path.unlink = unlink  # type: ignore[method-assign]
+
+
+def no_locks() -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fcntl.flock = refuse  # type: ignore[assignment]
+
+
+def a_bare_share() -> None:
+    """Neither permissions nor hard links."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    Path.chmod = os.link = refuse  # type: ignore[assignment, method-assign]
+
+
+ENDS = "ends with cause and cure"
+MACHINE_FAULTS = [
+    MachineFault(
+        "shared memory full: no room for a batch",
+        ENDS,
+        r"error: train.workers: a data worker found no room.*--shm-size.*train.workers: 0",
+        (limit_files_to_a_batch,),
+    ),
+    MachineFault(
+        "shared memory full: bus error",
+        ENDS,
+        r"error: .*no room for a batch in /dev/shm \(.*free\); .*--shm-size",
+        (worker_has_a_bus_error,),
+    ),
+    MachineFault("too many open files", ENDS, "open no more files.*ulimit -n", (limit_open_files,)),
+    MachineFault(
+        "too many open files, `on_bad_image: skip`",
+        ENDS,
+        r"(png: cannot be read: Too many open files|open no more files).*ulimit -n",
+        (limit_open_files_for_images,),
+        options=("train.workers=1", "data.shapes.on_bad_image=skip"),
+    ),
+    MachineFault("a data worker is killed", ENDS, "was killed.*memory.*lower", (worker_is_killed,)),
+    MachineFault("a data worker leaves", ENDS, "ended.*train.workers: 0", (worker_leaves,)),
+    MachineFault(
+        "little shared memory", "warned", "WARNING: train.workers: 1 data workers may have", (little_shared_memory,), 0
+    ),
+    MachineFault(
+        "data never come, and SIGTERM",
+        "checkpoint, exit code 143",
+        "go on with --resume",
+        (data_never_come, stop_after_two_steps),
+        143,
+        ("train.workers=1", "checkpoint.every=100"),
+        step=2,
+    ),
+    MachineFault(
+        "SIGTERM while the data are read at the start", "exit code 143", "", (stop_before_the_first_step,), 143
+    ),
+    MachineFault(
+        "old checkpoints that cannot be deleted",
+        "warned",
+        "WARNING: cannot remove .*step_0000001",
+        (immutable_checkpoints,),
+        0,
+        step=4,
+    ),
+    MachineFault("a file system without locks", "warned", "WARNING: the file system .* knows no locks", (no_locks,), 0),
+    MachineFault("a share without permissions and hard links", "accepted", "", (a_bare_share,), 0, step=4),
+]
+
+
 def tables() -> str:
     """The tables of docs/reliability.md."""
     data = ["| planted in the data | outcome |", "|---|---|"]
@@ -1217,6 +1412,11 @@ def tables() -> str:
     wishes = ["| stored in a checkpoint that is evaluated | outcome |", "|---|---|"]
     wishes += [f"| {wish.title} | {wish.outcome} |" for wish in STORED_WISHES]
     parts = [f"{len(DATA_FAULTS)} faults of data:", "", *data, "", f"{len(FILE_FAULTS)} of files:", "", *files, ""]
+    machine = ["| what a machine does to a run | outcome |", "|---|---|"]
+    machine += [f"| {fault.title} | {fault.outcome} |" for fault in MACHINE_FAULTS]
+    machine += ["| a second run on the folder, also with `--resume` | refused by the first one's name |"]
+    machine += ["| a lock that a killed run held | goes on |"]
+    parts += [f"{len(MACHINE_FAULTS) + 2} of machines:", "", *machine, ""]
     parts += [f"{len(STORED_WISHES)} wishes of a stranger's configuration:", "", *wishes, ""]
     return "\n".join(parts)
 
