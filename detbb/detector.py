@@ -17,13 +17,10 @@ from detbb.heads import find_head
 from detbb.heads.base import Head, HeadSpec
 from detbb.modeling.backbones import Backbone, build_backbone
 from detbb.modeling.neck import build_neck, stages_needed
+from detbb.modeling.weights import PIXEL_MEAN, PIXEL_STD
 from detbb.structures.batch import Batch, ImageSize, PrecomputedFeatures
 from detbb.structures.class_list import ClassList
 from detbb.structures.predictions import Predictions
-
-# ImageNet's RGB mean and standard deviation on the scale 0 … 255 (torchvision's weights expect them).
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 class Detector(Freezable):
@@ -48,7 +45,6 @@ class Detector(Freezable):
         self.compiled: Callable[[PrecomputedFeatures], dict[str, Tensor]] | None = None  # `resume`, for training steps
 
     def head(self, name: str) -> Head:
-        """The branch `name`."""
         return cast(Head, self.heads[name])
 
     @property
@@ -164,9 +160,8 @@ def build_detector(config: Config, classes: Mapping[str, Any] | None = None) -> 
     heads: dict[str, Head] = {}
     lists = {name: ClassList.of(classes[name]) for name in config.heads}
     for name, head_config in config.heads.items():
-        spec = HeadSpec(
-            name, lists[name].names, neck.channels, neck.strides, config.backbone, keypoints=lists[name].keypoints
-        )
+        names, keypoints = lists[name].names, lists[name].keypoints
+        spec = HeadSpec(name, names, neck.channels, neck.strides, config.backbone, keypoints)
         heads[name] = find_head(head_config.type)(head_config, spec)
     detector = Detector(backbone, neck, heads)
     detector.classes = lists
@@ -176,8 +171,8 @@ def build_detector(config: Config, classes: Mapping[str, Any] | None = None) -> 
     if config.train.precision == "fp64":
         detector.double()
     first = config.phases[0].freeze if config.phases else config.freeze
-    names = [*first, *(f"heads.{n}" for n in config.inherited_heads)]
-    return freeze(detector, names, norm_rules=_norm_rules(config, detector))
+    inherited = [f"heads.{name}" for name in config.inherited_heads]
+    return freeze(detector, [*first, *inherited], norm_rules=_norm_rules(config, detector))
 
 
 def read_classes(config: Config) -> dict[str, ClassList]:
@@ -193,8 +188,7 @@ def read_classes(config: Config) -> dict[str, ClassList]:
 
 def _norm_rules(config: Config, detector: Detector) -> tuple[NormRule, ...]:
     backbone = config.backbone
-    rules = [NormRule("backbone", backbone.norm_eval, not backbone.norm_affine)]
-    rules.append(NormRule("neck", config.neck.norm_eval, not config.neck.norm_affine))
+    rules = [NormRule(n, p.norm_eval, not p.norm_affine) for n, p in (("backbone", backbone), ("neck", config.neck))]
     for name, head_config in config.heads.items():
         fixed_statistics = bool(getattr(head_config, "norm_eval", False))
         rules.append(NormRule(f"heads.{name}", fixed_statistics, not getattr(head_config, "norm_affine", True)))

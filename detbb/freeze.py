@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from detbb.core.errors import UserError, nearest
+from detbb.core.errors import UserError, nearest, some
 from detbb.modeling.norm import has_running_stats, is_norm, norm_modules
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -241,10 +241,8 @@ def frozen_in_train_mode(module: nn.Module) -> list[str]:
 
 def explain(module: nn.Module, names: Sequence[str]) -> str:
     """One line for a FrozenTensorChanged: which tensors, and what such a change can come from."""
-    modules = dict(module.named_modules())
-    in_train_mode = sorted(
-        {n.rpartition(".")[0] for n in names if getattr(modules.get(n.rpartition(".")[0]), "training", False)}
-    )
+    modules, owners = dict(module.named_modules()), sorted({name.rpartition(".")[0] for name in names})
+    in_train_mode = [owner for owner in owners if getattr(modules.get(owner), "training", False)]
     statistics = [n for n in names if n.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     causes = []
     if in_train_mode:
@@ -253,8 +251,7 @@ def explain(module: nn.Module, names: Sequence[str]) -> str:
         causes.append("running statistics moved: the norm was in train mode for a while")
     if len(statistics) < len(names):
         causes.append("a weight was written: an optimizer built elsewhere, an in-place edit, or a load_state_dict")
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"frozen but changed: {shown}; it can come from: {'; '.join(causes)}"
+    return f"frozen but changed: {some(names)}; it can come from: {'; '.join(causes)}"
 
 
 def _freezing(module: nn.Module, names: Sequence[str] | None = None) -> Freezing:

@@ -134,7 +134,9 @@ def test_polygons_fill_as_in_coco_and_rle_survives_resizing() -> None:
     code = coco_mask.merge(coco_mask.frPyObjects([polygon], 80, 100))
     truth = coco_mask.decode(code)
     uncompressed = {"size": [80, 100], "counts": [100 * 40, 80, 80 * 49]}
-    segments = Segments([[polygon], {"size": [80, 100], "counts": code["counts"].decode()}, uncompressed, None])
+    segments = Segments(
+        [([[polygon], {"size": [80, 100], "counts": code["counts"].decode()}, uncompressed, None], None)]
+    )
     same = rasterize(segments, np.arange(4), (80, 100), (80, 100))
     assert np.array_equal(same[0], truth) and np.array_equal(same[1], truth) and not same[3].any()
     assert same[2].sum() == 80 and same[2][:, 50].all()

@@ -42,7 +42,7 @@ def annotations_of(content: dict, *, keypoints: int = 0, **more: object) -> Anno
         crowd=np.array([bool(a["iscrowd"]) for a in objects]),
         areas=np.array([a["area"] for a in objects], np.float64),
         object_ids=np.array([a["id"] for a in objects]),
-        segments=Segments(a.get("segmentation") for a in objects)
+        segments=Segments([([a.get("segmentation") for a in objects], None)])
         if any("segmentation" in a for a in objects)
         else None,
         keypoints=points,

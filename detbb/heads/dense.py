@@ -95,10 +95,8 @@ class DenseHead(Head):
     def grids(self, features: list[Tensor]) -> tuple[Grid, ...]:
         strides = [self.spec.strides[level] for level in self.picked_levels]
         height, width = (int(side) * strides[0] for side in features[0].shape[-2:])
-        return tuple(
-            Grid(h, w, height // h, width // w, stride)
-            for (h, w), stride in zip((f.shape[-2:] for f in features), strides, strict=True)
-        )
+        cells = [f.shape[-2:] for f in features]
+        return tuple(Grid(h, w, height // h, width // w, s) for (h, w), s in zip(cells, strides, strict=True))
 
     def anchors(self, output: DenseOutput) -> Tensor:
         """(N, 4) xyxy, the same for every image."""
@@ -124,12 +122,8 @@ class DenseHead(Head):
             picked_scores.append(best.values)
             picked.append(best.indices + first)
             first += pairs.shape[1]
-        return [
-            self.suppress(row_scores, row, deltas_row, anchors, size)
-            for row_scores, row, deltas_row, size in zip(
-                torch.cat(picked_scores, 1), torch.cat(picked, 1), deltas, sizes, strict=True
-            )
-        ]
+        rows = zip(torch.cat(picked_scores, 1), torch.cat(picked, 1), deltas, sizes, strict=True)
+        return [self.suppress(best, pairs, of_all, anchors, size) for best, pairs, of_all, size in rows]
 
     def suppress(self, scores: Tensor, pairs: Tensor, deltas: Tensor, anchors: Tensor, size: ImageSize) -> Predictions:
         """One image's detections. scores, pairs: (k,) of its candidates; deltas: (N, 4) of all its anchors."""

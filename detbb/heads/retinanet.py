@@ -42,10 +42,8 @@ class RetinaNetHead(DenseHead):
         super().__init__(config, spec)
         if config.num_convs > 4:
             raise UserError(f"heads.{spec.name}.num_convs: {config.num_convs}; valid are 0 … 4")
-        sizes = tuple(
-            tuple(int(4 * spec.strides[level] * 2 ** (octave / 3)) for octave in range(3))
-            for level in self.picked_levels
-        )
+        strides = [spec.strides[level] for level in self.picked_levels]
+        sizes = tuple(tuple(int(4 * stride * 2 ** (octave / 3)) for octave in range(3)) for stride in strides)
         self.anchor_generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
         norm = norm_layer(config.norm)
         self.classification_head = RetinaNetClassificationHead(

@@ -83,25 +83,19 @@ class Rpn(nn.Module):
         self.head = RPNHead(spec.width(self.levels), len(sizes[0]) * len(ratios))
         self.sampler = SeededSampler(config.rpn_samples, config.rpn_positive_fraction, f"{spec.name}/rpn")
 
-        def rules(pre_nms: int, post_nms: int) -> RegionProposalNetwork:
-            return RegionProposalNetwork(
-                AnchorGenerator(sizes, (ratios,) * len(sizes)),
-                nn.Identity(),
-                config.rpn_foreground_iou,
-                config.rpn_background_iou,
-                config.rpn_samples,
-                config.rpn_positive_fraction,
-                {"training": pre_nms, "testing": pre_nms},
-                {"training": post_nms, "testing": post_nms},
-                config.rpn_nms_threshold,
-            )
-
-        # torchvision's matching and filtering, one a use, so that nothing is left to its `training` flag.
-        # It holds no parameters; in a dict it is no submodule.
-        self.rules = {
-            "train": rules(config.rpn_pre_nms_train, config.rpn_post_nms_train),
-            "test": rules(config.rpn_pre_nms_test, config.rpn_post_nms_test),
-        }
+        rules = RegionProposalNetwork(
+            AnchorGenerator(sizes, (ratios,) * len(sizes)),
+            nn.Identity(),
+            config.rpn_foreground_iou,
+            config.rpn_background_iou,
+            config.rpn_samples,
+            config.rpn_positive_fraction,
+            {"training": config.rpn_pre_nms_train, "testing": config.rpn_pre_nms_test},
+            {"training": config.rpn_post_nms_train, "testing": config.rpn_post_nms_test},
+            config.rpn_nms_threshold,
+        )
+        # torchvision's matching and filtering: no parameters, so no submodule, and `proposals` alone sets its mode.
+        self.rules = (rules,)
 
     def forward(self, features: dict[str, Tensor]) -> RpnOutput:
         maps = [features[level] for level in self.levels]
@@ -111,7 +105,7 @@ class Rpn(nn.Module):
         # As in torchvision, a level's stride is what divides the padded image, not the nominal one.
         batch, (height, width) = len(maps[0]), (side * self.stride for side in maps[0].shape[-2:])
         grids = [list(f.shape[-2:]) for f in maps]
-        generator = self.rules["train"].anchor_generator
+        generator = self.rules[0].anchor_generator
         generator.set_cell_anchors(objectness[0].dtype, objectness[0].device)
         anchors = generator.grid_anchors(grids, [[height // h, width // w] for h, w in grids])
         flat_objectness, flat_deltas = concat_box_prediction_layers(objectness, deltas)
@@ -121,14 +115,14 @@ class Rpn(nn.Module):
     @torch.no_grad()
     def proposals(self, output: RpnOutput, sizes: list[ImageSize], use: Literal["train", "test"]) -> list[Tensor]:
         """(n, 4) xyxy for each image, inside it, best first. No gradient goes through them."""
-        rules = self.rules[use]
+        rules = self.rules[0].train(use == "train")
         boxes = rules.box_coder.decode(output.deltas.flatten(0, 1), [output.anchors] * len(sizes))  # (B N, 1, 4)
         hw = [s.hw for s in sizes]
         return rules.filter_proposals(boxes.view(len(sizes), -1, 4), output.objectness, hw, output.level_counts)[0]
 
     def loss(self, output: RpnOutput, targets: list[Target]) -> dict[str, Tensor]:
         """`loss_rpn_cls` and `loss_rpn_loc`, both over the number of sampled anchors."""
-        rules, anchors = self.rules["train"], output.anchors
+        rules, anchors = self.rules[0], output.anchors
         boxes = [{"boxes": t.boxes.to(anchors)} for t in targets]
         labels, matched = rules.assign_targets_to_anchors([anchors] * len(targets), boxes)  # of each image (N,), (N, 4)
         logits, truth, deltas, regression = [], [], [], []

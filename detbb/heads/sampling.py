@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class SeededSampler:
     """Draws a fixed number of candidates per image, with at most a given share of positives.
 
@@ -15,11 +17,9 @@ class SeededSampler:
     the worker, the device nor the other images of the batch change what is drawn.
     """
 
-    def __init__(self, count: int, positive_fraction: float, use: str) -> None:
-        """`use` names what is sampled (`objects/rpn`): draws for different uses are independent."""
-        self.count = count
-        self.positive_fraction = positive_fraction
-        self.use = use
+    count: int
+    positive_fraction: float
+    use: str  # what is sampled (`objects/rpn`): draws for different uses are independent
 
     def __call__(self, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Ascending indices of the positives and of the negatives drawn, on the device of `labels`.

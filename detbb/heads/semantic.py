@@ -47,12 +47,10 @@ class SemanticHead(Head):
     def __init__(self, config: SemanticConfig, spec: HeadSpec) -> None:
         super().__init__(config, spec)
         self.picked_levels = spec.pick(config.levels)
-        self.convs = nn.ModuleDict(
-            {
-                level: Conv2dNormActivation(spec.channels[level], config.channels, norm_layer=norm_layer(config.norm))
-                for level in self.picked_levels
-            }
-        )
+        self.convs = nn.ModuleDict()
+        for level in self.picked_levels:
+            norm = norm_layer(config.norm)
+            self.convs[level] = Conv2dNormActivation(spec.channels[level], config.channels, norm_layer=norm)
         self.classifier = nn.Conv2d(config.channels, len(spec.classes), kernel_size=1)
 
     def forward(self, features: dict[str, Tensor], sizes: list[ImageSize]) -> Tensor:
@@ -74,11 +72,11 @@ class SemanticHead(Head):
         return {"loss_sem": total / shared_count((target != IGNORE).sum())}
 
     def decode(self, output: Tensor, sizes: list[ImageSize]) -> list[Predictions]:
-        whole = (self.at_input_resolution(logits[None])[0] for logits in output)  # one at a time: C maps are large
-        return [
-            Predictions(semantic=logits[:, : size.hw[0], : size.hw[1]].float())
-            for logits, size in zip(whole, sizes, strict=True)
-        ]
+        found = []
+        for row, size in zip(output, sizes, strict=True):  # one at a time: C maps are large
+            logits = self.at_input_resolution(row[None])[0, :, : size.hw[0], : size.hw[1]]
+            found.append(Predictions(semantic=logits.float()))
+        return found
 
     def at_input_resolution(self, logits: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h stride, w stride): every cell covers its stride, whatever the padding is."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,9 +71,8 @@ class Fpn(nn.Module):
         self.lateral = {p: stage for p, stage in lateral(strides).items() if stage in needed}
 
         def block(channels: int, kernel_size: int) -> nn.Module:
-            return Conv2dNormActivation(
-                channels, out_channels, kernel_size, norm_layer=norm_layer, activation_layer=None
-            )
+            options: dict[str, Any] = {"norm_layer": norm_layer, "activation_layer": None}
+            return Conv2dNormActivation(channels, out_channels, kernel_size, **options)
 
         self.inner = nn.ModuleDict({stage: block(channels_in[stage], 1) for stage in self.lateral.values()})
         self.output = nn.ModuleDict({p: block(out_channels, 3) for p in FINE if p in asked})

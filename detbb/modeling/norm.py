@@ -161,18 +161,10 @@ def norm_layer(norm: str | None) -> NormLayer | None:
     return NORM_TYPES[norm] if norm else None
 
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    torchvision.ops.misc.FrozenBatchNorm2d,
-)
-
-
 def is_norm(module: nn.Module) -> bool:
     """True for every batch, sync, frozen, instance, group, layer and RMS norm."""
-    return isinstance(module, _NORMS)
+    batch_and_instance, frozen = nn.modules.batchnorm._NormBase, torchvision.ops.misc.FrozenBatchNorm2d
+    return isinstance(module, batch_and_instance | frozen | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm)
 
 
 def norm_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -20,6 +20,9 @@ from detbb.core.errors import UserError, some
 from detbb.core.files import BadFile, load_tensors
 from detbb.modeling.numpy_pickle import read_arrays
 
+# ImageNet's RGB mean and standard deviation on the scale 0 … 255: what torchvision's weights expect.
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
 MIN_COVERAGE = 0.9
 KINDS = ("loaded", "missing", "wrong shape", "unexpected", "not used")
 
@@ -155,9 +158,8 @@ def read_tensors(path: Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise UserError(f"backbone.weights: {path}: not a whole safetensors file ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(
-            f"backbone.weights: {path} holds a {type(content).__name__}; valid is a dict of tensors by name"
-        )
+        kind = type(content).__name__
+        raise UserError(f"backbone.weights: {path} holds a {kind}; valid is a dict of tensors by name")
     return content
 
 
@@ -207,15 +209,14 @@ def _rename(state: Mapping[str, Tensor], renames: Renames) -> dict[str, Tensor]:
 
 def _take_over_pixels(state: dict[str, Tensor], mean: Tensor | None, std: Tensor | None) -> str:
     """Make conv1 expect RGB with ImageNet's mean and std where the file says what it expects; else a note to do so."""
-    imagenet_mean = torch.tensor([123.675, 116.28, 103.53])
-    imagenet_std = torch.tensor([58.395, 57.12, 57.375])
+    imagenet_mean, imagenet_std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
     mean, std = (None if t is None or t.numel() != 3 else t.flatten().float() for t in (mean, std))
     conv1 = state.get("conv1.weight")
     if mean is None or std is None or conv1 is None:
         return (
             "Detectron2's MSRA models (also its model zoo's) expect BGR pixels of 0 … 255 less the mean, with std 1; "
             "the file does not say, so conv1 is as it is. If it is one of them, reverse conv1's input channels and "
-            "multiply them by ImageNet's std (58.395, 57.12, 57.375)"
+            f"multiply them by ImageNet's std {PIXEL_STD}"
         )
     order = "RGB" if (mean - imagenet_mean).abs().max() < (mean.flip(0) - imagenet_mean).abs().max() else "BGR"
     if order == "BGR":

@@ -47,21 +47,12 @@ class Segments:
     code does not cover its image.
     """
 
-    def __init__(self, items: Iterable[Segmentation], sizes: np.ndarray | None = None) -> None:
-        """`items`: one COCO `segmentation` each: a list of flat polygons, an RLE dict, or None.
+    def __init__(self, runs: Iterable[tuple[Sequence[Segmentation], np.ndarray | None]]) -> None:
+        """The masks of all runs of (items, sizes); only one run's Python numbers are in memory at a time.
 
-        `sizes`: (M, 2) height, width of their images; without, run-length codes are taken as they are.
+        items: one COCO `segmentation` each: a list of flat polygons, an RLE dict, or None. sizes: (items, 2) height,
+        width of their images; without, run-length codes are taken as they are.
         """
-        self._fill([(list(items), sizes)])
-
-    @staticmethod
-    def from_runs(runs: Iterable[tuple[Sequence[Segmentation], np.ndarray | None]]) -> Segments:
-        """The masks of all runs of (items, sizes). Only one run's Python numbers are in memory at a time."""
-        segments = object.__new__(Segments)
-        segments._fill(runs)
-        return segments
-
-    def _fill(self, runs: Iterable[tuple[Sequence[Segmentation], np.ndarray | None]]) -> None:
         xy = array("d")  # flat coordinates; it grows in its place, where joining arrays would take twice their memory
         all_lengths, counts = [], []  # numbers a polygon; polygons an object
         codes: dict[int, tuple[int, int, bytes]] = {}
@@ -166,10 +157,8 @@ def rle_fits(item: dict[str, Any], height: int, width: int) -> bool:
     shifts = 5 * (np.arange(len(code)) - np.repeat(starts, lengths))
     runs = np.add.reduceat((code & 31) << shifts, starts)
     runs[code[ends] & 16 > 0] -= 1 << 5 * lengths[code[ends] & 16 > 0]
-    runs[1::2], runs[2::2] = (
-        np.cumsum(runs[1::2]),
-        np.cumsum(runs[2::2]),
-    )  # stored as differences to the run before last
+    runs[1::2] = np.cumsum(runs[1::2])  # stored as differences to the run before last
+    runs[2::2] = np.cumsum(runs[2::2])
     return bool((runs >= 0).all() and runs.sum() == height * width)
 
 

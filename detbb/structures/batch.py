@@ -6,7 +6,7 @@ Colour order is RGB everywhere. Boxes are xyxy in pixels of the resized image un
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,21 +44,15 @@ class Target:
 
     def __getstate__(self) -> dict[str, Any]:
         """Small tensors as arrays: between processes each tensor would hold an open file."""
-        small = {
-            k: v.numpy() for k, v in vars(self).items() if isinstance(v, Tensor) and v.numel() < 65536 and not v.is_cuda
-        }
-        return {**vars(self), **small}
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and not v.is_cuda}
+        return {**vars(self), **{k: v.numpy() for k, v in tensors.items() if v.numel() < 65536}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()})
 
     def to(self, device: torch.device) -> Target:
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        tensors: dict[str, Any] = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
 class CacheEntry(NamedTuple):

@@ -18,17 +18,13 @@ class ClassList:
     keypoints: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "names": list(self.names),
-            "category_ids": [int(i) for i in self.category_ids],
-            "keypoints": list(self.keypoints),
-        }
+        ids = [int(i) for i in self.category_ids]
+        return {"names": list(self.names), "category_ids": ids, "keypoints": list(self.keypoints)}
 
     @classmethod
     def of_data(cls, annotations: Annotations) -> ClassList:
         """What the labels of a data source mean."""
-        ids = tuple(int(i) for i in annotations.category_ids)
-        return cls(annotations.classes, ids, annotations.keypoint_names)
+        return cls(annotations.classes, tuple(annotations.category_ids.tolist()), annotations.keypoint_names)
 
     @classmethod
     def of(cls, value: ClassList | Mapping[str, Any] | Sequence[str]) -> ClassList:

@@ -145,7 +145,7 @@ def _rows(file: CocoFile, images: _Images, label_of: dict[int, int], points: int
             parts.append(_columns(objects, points))
             yield [o.segmentation for o in objects], images.sizes_of(parts[-1]["image"])
 
-    segments = Segments.from_runs(segmentations())
+    segments = Segments(segmentations())
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     ids = columns["id"]
     known_image = _lookup(np.array([i.id for i in file.images], dtype=np.int64), columns["image"])[1]

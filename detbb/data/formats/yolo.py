@@ -45,7 +45,7 @@ def read_yolo(request: Request) -> Annotations:
         label=np.array([line.label for line in lines], dtype=np.int64),
         boxes_xywh=np.array([box for box, _, _ in shapes], dtype=np.float64).reshape(-1, 4),
         area=np.nan_to_num(np.array([area for _, area, _ in shapes], dtype=np.float64)).clip(min=0),
-        segments=Segments(polygons) if any(polygons) else None,
+        segments=Segments([(polygons, None)]) if any(polygons) else None,
     )
     fields = {}
     if keypoints is not None and keypoints.names:

@@ -35,9 +35,8 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     """All stages of the configured backbone with random weights. Raises: UserError: `arch` or `norm` cannot be used."""
     backbone = find_backbone(config.arch)
     if config.norm is None and backbone.takes_norm:
-        raise UserError(
-            f"backbone.norm: null, but {config.arch} has no norm of its own; valid: {', '.join(NORM_TYPES)}"
-        )
+        valid = ", ".join(NORM_TYPES)
+        raise UserError(f"backbone.norm: null, but {config.arch} has no norm of its own; valid: {valid}")
     if config.norm is not None and not backbone.takes_norm:
         raise UserError(f"backbone.norm: {config.norm!r}, but {config.arch} has norms of its own; valid is null")
     return backbone(config.arch, norm_layer=norm_layer(config.norm))  # type: ignore[call-arg]

@@ -46,8 +46,7 @@ class Backbone(nn.Module):
         for name in (n for stage in self.stages[count:] for n in self.aliases.get(stage, (stage,))):
             delattr(self, name)
         self.stages = self.stages[:count]
-        left = {stage: names for stage, names in self.aliases.items() if stage in self.stages}
-        vars(self)["aliases"] = left
+        vars(self)["aliases"] = {stage: names for stage, names in self.aliases.items() if stage in self.stages}
         self.strides = {name: stride for name, stride in self.strides.items() if name in out}
         self.channels = {name: self.channels[name] for name in self.strides}
         return self
