@@ -31,28 +31,23 @@ if TYPE_CHECKING:
     from detbb.training.loop import train as train
 
 __version__ = "0.1.0"
-_MODULES = {
-    "BACKBONES": "modeling.backbones",
-    "Backbone": "modeling.backbones",
-    "FORMATS": "data.formats",
-    "HEADS": "heads",
-    "Ema": "training.ema",
-    "Head": "heads",
-    "SyncBatchNorm": "modeling.norm",
-    "WRITERS": "report.writers",
-    "Writer": "report.writers",
-    "build_detector": "detector",
-    "build_resnet": "modeling.backbones.resnet",
-    "build_resnet_c4": "modeling.backbones.resnet",
-    "digests": "freeze",
-    "evaluate": "inference.evaluate",
-    "freeze": "freeze",
-    "frozen_names": "freeze",
-    "load_config": "heads.loading",
-    "load_detector": "checkpoint.content",
-    "predict": "inference.predict",
-    "train": "training.loop",
+_NAMES = {
+    "checkpoint.content": "load_detector",
+    "data.formats": "FORMATS",
+    "detector": "build_detector",
+    "freeze": "digests freeze frozen_names",
+    "heads": "HEADS Head",
+    "heads.loading": "load_config",
+    "inference.evaluate": "evaluate",
+    "inference.predict": "predict",
+    "modeling.backbones": "BACKBONES Backbone",
+    "modeling.backbones.resnet": "build_resnet build_resnet_c4",
+    "modeling.norm": "SyncBatchNorm",
+    "report.writers": "WRITERS Writer",
+    "training.ema": "Ema",
+    "training.loop": "train",
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = list(_MODULES)
 
 

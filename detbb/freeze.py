@@ -57,7 +57,7 @@ class Freezable(nn.Module):
 
 
 class FrozenTensorChanged(RuntimeError):
-    """A tensor that this run promised not to touch is not what it was."""
+    """A frozen tensor changed."""
 
     same_on_all_ranks = True  # as in errors.UserError
 

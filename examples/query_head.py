@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, clip_boxes_to_image, generalized_box_iou
 
 from detbb.distributed.collectives import shared_count
-from detbb.heads import Evaluator, Head, HeadConfig, HeadSpec, Predictions
-from detbb.metrics.evaluators import CocoEvaluator
-from detbb.structures.annotations import Annotations
+from detbb.heads import Head, HeadConfig, HeadSpec, Predictions
 from detbb.structures.batch import Batch, ImageSize
 
 
@@ -38,7 +36,7 @@ class QueryOutput(NamedTuple):
 class QueryHead(Head):
     """Each query attends to the cells of its image, never to the padding, and says one object or none."""
 
-    Config, needs, main_metric = QueryConfig, "boxes", "bbox/AP"
+    Config = QueryConfig
 
     def __init__(self, config: QueryConfig, spec: HeadSpec) -> None:
         super().__init__(config, spec)
@@ -88,9 +86,6 @@ class QueryHead(Head):
             boxes = clip_boxes_to_image(boxes, size.hw)[order]
             predictions.append(Predictions(boxes=boxes, scores=scores[order], labels=labels[order]))
         return predictions
-
-    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
-        return CocoEvaluator(annotations, kinds=("bbox",), engine=engine)
 
     def class_tensors(self) -> tuple[str, ...]:
         return ("classifier.weight", "classifier.bias")

@@ -29,7 +29,7 @@ Layer = tuple[str, dict[str, Any]]  # where it was written, and what
 MAX_BYTES = 1_000_000
 MAX_BASES = 8
 MAX_MISTAKES = 10  # that one message names
-_UNSET = {  # what a later layer unsets of the earlier ones, by the key that it sets
+_UNSET = {  # a key that a later layer sets -> what it unsets in the earlier ones
     "train.steps": {"train": {"epochs": None}},
     "train.epochs": {"train": {"steps": None}},
     "freeze": {"phases": []},

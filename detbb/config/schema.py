@@ -162,8 +162,8 @@ class DataConfig(Section):
     weight: PositiveFloat = 1.0
     """How often this source takes its turn, relative to the others, when heads have different data."""
     views: PositiveInt | None = None
-    """So many augmented views of each image, seen in turn, one an epoch; `null`: a new one every epoch. The feature
-    cache needs it unless images are at most flipped."""
+    """Number of augmented views of each image, seen in turn, one an epoch; `null`: a new view every epoch. The feature
+    cache needs a number unless images are at most flipped."""
     pad: Literal["batch", "source"] = "batch"
     """Pad training images to the largest of their batch, or of the whole source, which the feature cache needs where
     sizes differ."""
@@ -174,8 +174,8 @@ class DataConfig(Section):
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do with an image that cannot be decoded: stop, or leave it out (deterministic, and counted)."""
     allow_leak: bool = False
-    """`true`: some images of `train` may be in `val`, too. (A val split made of nothing else needs no leave: it shows
-    whether a head can learn them by heart.)"""
+    """`true`: `val` may hold some images of `train`. (A `val` of nothing else is always allowed: it shows whether a
+    head can learn them by heart.)"""
     allow_links: bool = False
     """`true`: images and labels may be symbolic links that lead out of their folder (as DVC and the Hugging Face hub
     make them)."""
@@ -225,10 +225,10 @@ class TrainConfig(Section):
     grad_clip: PositiveFloat | None = None
     """Largest L2 norm of the gradient of everything that is trained; `null`: no clipping."""
     cache_features: Literal["off", "memory", "disk", "auto"] = "off"
-    """Store what the frozen part puts out, once: `memory`, `disk`, or `auto` (`disk` if it fits and pays).
-    The log says why not."""
+    """Store the outputs of the frozen part, instead of computing them in every epoch: in `memory`, on `disk`, or `auto`
+    (on `disk` if they fit and it pays). The log says why features are not stored."""
     cache_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What features are stored as. `fp32` loses nothing; the others take half the space."""
+    """Number format of stored features. `fp32` loses nothing; the others take half the space."""
     cache_dir: str | None = None
     """Where `disk` stores features; runs on the same frozen weights and images share them. `null`: `feature_cache`
     beside `output_dir`."""
@@ -293,7 +293,7 @@ class EvalConfig(Section):
     """When and how to evaluate during training."""
 
     every: PositiveInt | None = None
-    """Every so many steps; the last step is always evaluated. `null`: only then."""
+    """Steps between evaluations; the last step is always evaluated. `null`: only the last."""
     weights: Literal["ema", "model", "both"] | None = None
     """Which weights to evaluate; `null`: `ema` if there is one, else `model`."""
     batch_size: PositiveInt = 8
@@ -312,7 +312,7 @@ class CheckpointConfig(Section):
     """When to save."""
 
     every: PositiveInt | None = None
-    """Every so many steps; the last step is always saved. `null`: as `eval.every`, or only the last."""
+    """Steps between checkpoints; the last step is always saved. `null`: as `eval.every`, or only the last."""
     keep: Annotated[int, Field(ge=2)] = 3
     """How many step checkpoints to keep (≥ 2); `last.pt` and `best.pt` come on top."""
 
@@ -321,7 +321,7 @@ class LogConfig(Section):
     """What a person sees."""
 
     every: PositiveInt = 20
-    """Write `metrics.jsonl`, TensorBoard and the terminal every so many steps."""
+    """Steps between lines of `metrics.jsonl`, TensorBoard and the terminal."""
     images: NonNegativeInt = 8
     """How many validation images to draw at each evaluation; 0: none."""
     to: list[str] = ["metrics", "tensorboard"]

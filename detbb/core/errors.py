@@ -25,7 +25,7 @@ class RunFailed(RuntimeError):
 
 
 class ProcessLost(RunFailed):
-    """Another process ended or gave no answer; the message says which. Its own error is the original one."""
+    """Another process ended or did not answer; the message says which. The cause is in that process's own error."""
 
 
 class Stopped(Exception):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from detbb.config.schema import BackboneConfig, HeadConfig
 from detbb.core.errors import UserError
-from detbb.metrics.evaluators import Evaluator
+from detbb.metrics.coco_ap import Kind
+from detbb.metrics.evaluators import CocoEvaluator, Evaluator
 from detbb.structures.annotations import Annotations
 from detbb.structures.batch import Batch, ImageSize
 from detbb.structures.predictions import Predictions as Predictions
@@ -53,19 +54,20 @@ class Head(nn.Module):
 
         class CountingHead(detbb.Head): ...  # then, in a configuration, `type: my_package.heads:CountingHead`
 
-    Subclasses set `Config` (type, range and a doc line for each of its keys), `needs` and `main_metric`, and fill in
-    the methods. `forward` + `loss` run in training, `forward` + `decode` in evaluation; none looks at `self.training`,
-    which is for norms and dropout alone. Every parameter of the head must take part in every loss, also for a batch
-    without objects. Loss sums are divided by `shared_count` (detbb/distributed/collectives.py), so that the number of
-    processes does not matter.
+    Subclasses set `Config` (type, range and a doc line for each of its keys), fill in the methods, and set `needs`,
+    `metrics`, `main_metric` and `evaluator` if they do not predict boxes alone. `forward` + `loss` run in training,
+    `forward` + `decode` in evaluation; none looks at `self.training`, which is for norms and dropout alone. Every
+    parameter of the head must take part in every loss, also for a batch without objects. Loss sums are divided by
+    `shared_count` (detbb/distributed/collectives.py), so that the number of processes does not matter.
 
     Letters in shapes: B images of a padded batch, n objects of one image, C classes, K keypoints.
     """
 
     Config: ClassVar[type[HeadConfig]] = HeadConfig
     config: Any  # an instance of `Config`
-    needs: ClassVar[Literal["boxes", "masks", "keypoints", "semantic", "labels"]]
-    main_metric: str  # of its evaluator, such as "bbox/AP": what best.pt follows by default
+    needs: ClassVar[Literal["boxes", "masks", "keypoints", "semantic", "labels"]] = "boxes"
+    metrics: ClassVar[tuple[Kind, ...]] = ("bbox",)  # what COCO's AP is computed of
+    main_metric: str = "bbox/AP"  # of its evaluator: what best.pt follows by default
 
     def __init__(self, config: HeadConfig, spec: HeadSpec) -> None:
         super().__init__()
@@ -113,8 +115,8 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> Evaluator:
-        """A fresh one for a split. engine: what computes COCO's AP, `hotcoco` or `pycocotools`."""
-        raise NotImplementedError
+        """A fresh one for a split: COCO's AP of `metrics`. engine: what computes it, `hotcoco` or `pycocotools`."""
+        return CocoEvaluator(annotations, self.metrics, engine=engine)
 
     def check_data(self, annotations: Annotations) -> None:
         """Raise UserError if this head cannot learn from a split, beyond `needs`; called before step 0."""

@@ -17,13 +17,11 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from detbb.config.schema import HeadConfig, Norm, Share
 from detbb.heads.base import Head, HeadSpec
-from detbb.metrics.evaluators import CocoEvaluator
 from detbb.modeling.precision import at_least_fp32
-from detbb.structures.annotations import Annotations
 from detbb.structures.batch import Batch, ImageSize
 from detbb.structures.predictions import Predictions
 
-CACHED_ELEMENTS = 1 << 17  # of a tensor, for a chain of operations to find it in a core's cache
+CACHED_ELEMENTS = 1 << 17  # a tensor of this size stays in a core's cache during a chain of operations
 
 
 class DenseConfig(HeadConfig):
@@ -44,7 +42,7 @@ class DenseConfig(HeadConfig):
     focal_alpha: Share = 0.25
     """Focal loss: weight of positives, in [0, 1]; negatives have 1 - alpha."""
     focal_gamma: NonNegativeFloat = 2.0
-    """Focal loss: how strongly well-classified anchors are weighed down."""
+    """Focal loss: how much less well-classified anchors count."""
     score_threshold: Share = 0.05
     """Least score that enters NMS, in evaluation too."""
     nms_threshold: Share = 0.5
@@ -77,8 +75,6 @@ class DenseOutput(NamedTuple):
 class DenseHead(Head):
     """Anchors, scores and NMS. Subclasses build the towers and `anchor_generator`, and define `loss` and `boxes`."""
 
-    needs = "boxes"
-    main_metric = "bbox/AP"
     config: DenseConfig
     anchor_generator: AnchorGenerator
 
@@ -134,9 +130,6 @@ class DenseHead(Head):
         keep = batched_nms(boxes, scores, labels, self.config.nms_threshold)[: self.config.detections_per_image]
         return Predictions(boxes=boxes[keep].float(), scores=scores[keep].float(), labels=labels[keep])
 
-    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> CocoEvaluator:
-        return CocoEvaluator(annotations, kinds=("bbox",), engine=engine)
-
     def class_tensors(self) -> tuple[str, ...]:
         return ("classification_head.cls_logits.weight", "classification_head.cls_logits.bias")
 
@@ -150,7 +143,7 @@ class DenseHead(Head):
 
 
 class _FocalLoss(torch.autograd.Function):
-    """The loss and its slope at once; that becomes the gradient, so backward needs no further tensor of their size."""
+    """The loss and its derivative at once. Backward scales the latter in place and needs no other such tensor."""
 
     @staticmethod
     def forward(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,7 @@ from detbb.core.errors import UserError
 from detbb.heads.base import Head, HeadSpec
 from detbb.heads.rpn import SMOOTH_L1_BETA, Rpn, RpnConfig, RpnOutput, count_for
 from detbb.heads.sampling import SeededSampler
-from detbb.metrics.coco_ap import Kind
-from detbb.metrics.evaluators import CocoEvaluator
 from detbb.modeling.precision import at_least_fp32
-from detbb.structures.annotations import Annotations
 from detbb.structures.batch import Batch, ImageSize, Target
 from detbb.structures.predictions import Predictions
 
@@ -107,10 +104,7 @@ def roi_align(config: TwoStageConfig, spec: HeadSpec, resolution: int) -> MultiS
 class TwoStageHead(Head):
     """RPN, sampling, box losses and detections: all but how an RoI's features become a vector."""
 
-    needs: ClassVar[Literal["boxes", "masks", "keypoints"]] = "boxes"
-    main_metric = "bbox/AP"
     box_predictor: nn.Module
-    metrics: ClassVar[tuple[Kind, ...]] = ("bbox",)
 
     def __init__(self, config: Any, spec: HeadSpec) -> None:
         super().__init__(config, spec)
@@ -139,9 +133,6 @@ class TwoStageHead(Head):
 
     def class_tensors(self) -> tuple[str, ...]:
         return tuple(f"box_predictor.{n}.{p}" for n in ("cls_score", "bbox_pred") for p in ("weight", "bias"))
-
-    def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> CocoEvaluator:
-        return CocoEvaluator(annotations, kinds=self.metrics, engine=engine)
 
     def forward(self, features: dict[str, Tensor], sizes: list[ImageSize]) -> TwoStageOutput:
         return TwoStageOutput(self.rpn(features), {level: features[level] for level in self.roi_levels})

@@ -81,7 +81,7 @@ class FcosHead(DenseHead):
         centerness = at_least_fp32(output.centerness).flatten()  # (B N,)
         boxes, labels, image = batch_boxes(batch, logits)  # (M, 4), (M,), (M,)
         cell, box, won = self.assign(boxes, image, output)  # (P,) each
-        cell = cell.clamp(max=len(logits) - 1)  # pairs sent nowhere read some cell, and count 0
+        cell = cell.clamp(max=len(logits) - 1)  # unmatched pairs read some cell; their weight is 0
         # Weights of 0 and 1 instead of a selection, whose size the device would have to be asked for.
         weight = won.to(logits.dtype)
         count = shared_count(weight.sum())
@@ -128,7 +128,7 @@ class FcosHead(DenseHead):
         return Candidates(cell, box, (contender < nowhere) & (first[cell] == box))
 
     def nearby(self, boxes: Tensor, grids: tuple[Grid, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each level, k cells around each box's centre (M, k), counted over all levels, and which may learn it."""
+        """For each level, k cells around each box's centre (M, k), numbered over all levels, and which may learn it."""
         first = 0
         for grid, (lower, upper) in zip(grids, _ranges(grids), strict=True):
             reach = self.config.center_sampling_radius * grid.nominal_stride
@@ -142,7 +142,7 @@ class FcosHead(DenseHead):
 
 
 def _ranges(grids: tuple[Grid, ...]) -> list[tuple[float, float]]:
-    """What each level learns: cells whose farthest side of the box is this far, in pixels, ends left out."""
+    """(lower, upper) of each level in pixels: a cell learns a box whose farthest side is strictly between."""
     edges = [0.0, *(4.0 * grid.nominal_stride for grid in grids[1:])]
     return [*zip(edges, [8.0 * grid.nominal_stride for grid in grids[:-1]] + [math.inf], strict=True)]
 

@@ -36,7 +36,7 @@ def stages_needed(
     for level in levels:
         if level not in valid:
             raise unknown_name(f"{where}: feature level with neck.type {neck_type}", level, valid)
-        # an FPN level hears from every coarser stage
+        # the top-down path brings every coarser stage to an FPN level
         fine = level if level in made else "p5"
         needed |= {level} if level in strides else {stage for p, stage in made.items() if p >= fine}
     return tuple(stage for stage in strides if stage in needed)

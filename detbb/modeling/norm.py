@@ -185,9 +185,9 @@ def moving_norms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def average_statistics(module: nn.Module) -> Tensor | None:
-    """Replace running statistics that move by their mean over ranks, whose shares are equal; None on a single process.
+    """Replace running statistics that move by their mean over ranks, which all have the same number of images.
 
-    Gives the largest difference between this rank's and the mean, as a scalar on the device.
+    The result () is the largest difference between this rank's and the mean; None on a single process.
     """
     if world_size() == 1:
         return None
