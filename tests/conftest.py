@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # bits depend on the thread count, and chil
 
 import pytest
 import torch
+from runs import shrink
 
 torch.set_num_threads(1)
 
@@ -19,6 +20,14 @@ def unsynced() -> Iterator[None]:
     """For tests that write many files and are not about power cuts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def thin_resnets() -> Iterator[None]:
+    """For tests of what does not depend on how wide a network is: a third of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch.setattr)
         yield
 
 

@@ -26,7 +26,7 @@ from detbb.training.loop import train
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "checkpoint.py"
 COMMANDS = ("show", "diff", "extract", "attach", "remove")
-pytestmark = pytest.mark.usefixtures("unsynced")
+pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
 
 
 @pytest.fixture(scope="module")

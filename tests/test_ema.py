@@ -14,6 +14,8 @@ from detbb.core.errors import UserError
 from detbb.detector import view
 from detbb.training.ema import Ema
 
+pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
+
 STEM = ["backbone.stem", "backbone.layer1"]
 
 

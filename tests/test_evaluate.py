@@ -34,6 +34,8 @@ from detbb.report.log import RunLog
 from detbb.structures.predictions import Predictions
 from detbb.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
+
 ROOT = Path(__file__).parents[1]
 FILES = ("results.json", "metrics.json", "samples.png", "pr_curves.png")
 

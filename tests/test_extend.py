@@ -27,6 +27,8 @@ from detbb.inference.evaluate import evaluate
 from detbb.structures.batch import ImageSize
 from detbb.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = (REPOSITORY / "docs" / "extend.md").read_text()
 CSV = "examples.csv_format:CSV"

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from crash import shrink
 from planted import DATA_FAULTS, DOCS, FILE_FAULTS, DataFault, DataSet, FileFault, Files, document
-from runs import tiny_config
+from runs import shrink, tiny_config
 
 from detbb.checkpoint.content import FORMAT_VERSION, open_checkpoint, restore_detector, versions
 from detbb.config.loading import config_to_dict

@@ -27,6 +27,8 @@ from detbb.feature_cache import setup as cache_setup
 from detbb.feature_cache.cache import RELEASE_AFTER, FeatureCache
 from detbb.feature_cache.frozen_prefix import FrozenPrefix
 
+pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
+
 training = importlib.import_module("detbb.training.loop")
 FLIPS = "data.shapes.augment=[{type: HorizontalFlip, p: 0.5}, {type: VerticalFlip, p: 0.5}]"
 POLICIES = {  # augmentation, variants an image

@@ -18,6 +18,8 @@ from detbb.freeze import Freezable, changed, digests, explain, frozen_names
 from detbb.modeling.norm import norm_modules
 from detbb.training import optim
 
+pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
+
 STEM = ["backbone.stem", "backbone.layer1"]
 ALL_SHARED = ["backbone", "neck"]
 

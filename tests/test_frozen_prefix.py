@@ -19,6 +19,8 @@ from detbb.feature_cache.frozen_prefix import FrozenPrefix, folded, last_frozen
 from detbb.modeling.norm import SyncBatchNorm
 from detbb.structures.batch import PrecomputedFeatures
 
+pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
+
 training = importlib.import_module("detbb.training.loop")
 STEM = ["backbone.stem", "backbone.layer1"]
 ALL = ["backbone", "neck"]

@@ -22,12 +22,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from crash import shrink
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from planted import DataSet, Evil
-from runs import TINY
+from runs import TINY, shrink
 from test_checkpoint_folder import content
 
 from detbb.checkpoint.content import open_checkpoint, restore_detector

@@ -16,6 +16,8 @@ from detbb.report.log import RunLog
 from detbb.report.tables import summary_table
 from detbb.report.writers import read_evaluations
 
+pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
+
 
 def lines_of(folder: Path) -> list[dict]:
     def refuse(name: str) -> None:

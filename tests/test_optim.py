@@ -20,6 +20,8 @@ from detbb.training.optim import (
     state_by_name,
 )
 
+pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
+
 
 def test_every_trained_parameter_is_in_exactly_one_group():
     detector = small_detector(small_config()).freeze(["backbone.stem", "neck"])

@@ -21,7 +21,7 @@ def watch(event, arguments):
 LOADING = []
 sys.addaudithook(watch)
 sys.path[:0] = [PATHS]
-from crash import shrink
+from runs import shrink
 from detbb.heads.loading import load_config
 from detbb.inference.evaluate import evaluate
 from detbb.training.loop import train

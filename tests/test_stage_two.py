@@ -20,7 +20,7 @@ from detbb.training.loop import train
 
 FROZEN = "freeze=[backbone, neck, heads.first]"
 SHARED = ("backbone.", "neck.")
-pytestmark = pytest.mark.usefixtures("unsynced")
+pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
 
 
 @pytest.fixture(scope="module")

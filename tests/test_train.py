@@ -30,6 +30,8 @@ from detbb.training.loop import train
 from detbb.training.start import ResumePoint, claim_run_folder
 from detbb.training.step import NonFinite
 
+pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
+
 # The package's attributes of these names are the functions.
 training = importlib.import_module("detbb.training.loop")
 evaluation = importlib.import_module("detbb.inference.evaluate")

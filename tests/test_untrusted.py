@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from crash import shrink
 from head_cases import make_head
 from planted import AUTHOR, STORED_WISHES, StoredWish
 from rich.table import Table
 from rich.text import Text
-from runs import tiny_config
+from runs import shrink, tiny_config
 
 from detbb.checkpoint.content import FORMAT_VERSION, load_detector, restore_detector, versions
 from detbb.checkpoint.untrusted import DRAWS, _WithoutDraws

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import flat, lines, load, tiny_config
+from runs import flat, lines, load, shrink, tiny_config
 
 from detbb.checkpoint.folder import CheckpointFolder
 
@@ -105,18 +105,6 @@ def plant(moment: str, number: int) -> None:
         return honest(*args, **kwargs)
 
     setattr(owner, name, deadly)
-
-
-def shrink(patch: Callable[[Any, str, Any], object] = setattr) -> None:
-    """Give every ResNet an eighth of its channels: these tests are about files, not about learning."""
-    from torchvision.models.resnet import ResNet
-
-    make_layer = ResNet._make_layer
-
-    def thin(self: ResNet, block: Any, planes: int, *args: Any, **kwargs: Any) -> Any:
-        return make_layer(self, block, planes // 8, *args, **kwargs)
-
-    patch(ResNet, "_make_layer", thin)
 
 
 def child(

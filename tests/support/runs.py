@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,18 @@ ema: {{decay: 0.9, warmup_steps: 5}}
 checkpoint: {{every: 2}}
 log: {{every: 1, images: 2}}
 """
+
+
+def shrink(patch: Callable[[Any, str, Any], object] = setattr) -> None:
+    """Give every ResNet an eighth of its channels, for tests of what does not depend on how wide a network is."""
+    from torchvision.models.resnet import ResNet
+
+    make_layer = ResNet._make_layer
+
+    def thin(self: ResNet, block: Any, planes: int, *args: Any, **kwargs: Any) -> Any:
+        return make_layer(self, block, planes // 8, *args, **kwargs)
+
+    patch(ResNet, "_make_layer", thin)
 
 
 def tiny_config(folder: Path, *overrides: str, name: str = "run", data: Path | None = None) -> Config:
