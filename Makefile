@@ -10,17 +10,20 @@ bin := $(VENV)/bin
 installed := $(VENV)/.installed
 benchmarks := train_step stage_two trainer ema memory evaluation start_up scaling overfit
 
-.PHONY: help train test check format docs fuzz soak bench
+.PHONY: help train test test-fast check format docs fuzz soak bench
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 train: $(installed)  ## train and evaluate CONFIG (generated data, CPU), or go on where it stopped
 	$(bin)/python tools/train.py --config $(CONFIG) --resume $(ARGS)
 
-test: check  ## lint, types and the whole test suite
+test: check  ## lint, types and the whole test suite, about 6 minutes on 2 cores
 	$(bin)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-fast: $(installed)  ## the tests that need no second process and no long run, below 2 minutes
+	$(bin)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 check: $(installed)  ## lint and types
 	$(bin)/ruff format --check .

@@ -109,6 +109,7 @@ def test_metrics_are_right_on_counts_made_by_hand(counting_head, tmp_path):
     assert metrics["count/MAE"] == pytest.approx(1.7 / 6, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_trains_from_a_config_and_counts_better_than_the_mean(counting_head, tmp_path):
     (tmp_path / "count.yaml").write_text(CONFIG.format(out=tmp_path / "run"))
     config = load_config(tmp_path / "count.yaml")

@@ -401,6 +401,7 @@ def test_a_mistake_in_a_command_is_one_line_and_exit_code_2(file: Path):
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("installed", [False, True])
 def test_the_installed_command_runs_the_tools(tmp_path: Path, installed: bool):
     """As a wheel lays them out (pyproject.toml: force-include), and as an editable installation does."""

@@ -12,6 +12,8 @@ import pytest
 from crash import MOMENTS, Job, differences, newest_step, train_to_end
 from runs import learned, lines, load
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = (
     "phases=[{steps: 3, freeze: [backbone, neck]}, {steps: 4, freeze: [backbone.stem]}, {freeze: [neck]}]",
     "train.accumulate=2",

@@ -38,6 +38,8 @@ from detbb.training.loop import train
 from detbb.training.signals import StopSignals
 from detbb.training.step import TrainState, read_losses, train_step
 
+pytestmark = pytest.mark.slow
+
 training = importlib.import_module("detbb.training.loop")  # the package's attribute of this name is the function
 
 HEADS = {

@@ -98,6 +98,7 @@ def test_a_checkpoint_gives_exactly_what_training_logged(run: Path, tmp_path: Pa
     assert own["weights"] == "ema" and own["bbox/AP"] == averaged["objects/bbox/AP"]
 
 
+@pytest.mark.slow
 def test_metrics_and_files_do_not_depend_on_process_count(run: Path, tmp_path: Path) -> None:
     """Four groups over three processes: nobody may be padded, counted twice, or grouped otherwise."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
@@ -134,6 +135,7 @@ def fail_on_one_rank(checkpoint: Path, kind: str) -> tuple[str, int]:
     return "", max(sent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "says"), [("image", "UserError: x.png: is cut"), ("number", "FloatingPointError: not finite"), ("", "")]
 )

@@ -25,6 +25,8 @@ from detbb.structures.predictions import Predictions
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 pytest.importorskip("onnx")
+pytestmark = pytest.mark.slow
+
 CLASSES = {"names": ["circle", "square", "star"], "category_ids": [1, 2, 3], "keypoints": ["left", "right"]}
 SMALL = {
     "box_channels": 32,

@@ -72,6 +72,7 @@ def run(folder, images, *overrides, name="run", data=SMALL):
     return Path(config.output_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_cached_losses_are_equal_and_each_view_is_computed_once(policy, tmp_path, images, computed):
     """In double, where rounding cannot hide anything: 8 steps, 4 epochs."""
@@ -133,6 +134,7 @@ def stop_at(monkeypatch):
     return at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_a_stopped_and_resumed_run_ends_with_the_same_bits(place, tmp_path, images, stop_at, computed):
     options = (FLIPS, f"train.cache_features={place}", "train.workers=1")
@@ -185,6 +187,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_cannot_work_is_refused_at_start_auto_says_why(reason, tmp_path, images, monkeypatch):
     if "free" in reason:

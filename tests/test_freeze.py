@@ -9,6 +9,7 @@ import pytest
 import torch
 from learning import bits_differ, copy_state, learn, made_batch, make_state, small_config, small_detector
 from processes import run_ranks
+from runs import shrink
 from torch import nn
 
 from detbb.config.schema import EmaConfig
@@ -32,12 +33,11 @@ def expected_frozen(detector, names):
     return {key for key in detector.state_dict() if key.startswith(tuple(prefixes))}
 
 
-@pytest.mark.parametrize(("arch", "tensors", "parameters"), [("resnet18", 15, 157_504), ("resnet50", 33, 225_344)])
-def test_stem_and_layer1_are_exactly_these_parameters(arch, tensors, parameters):
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_stem_and_layer1_are_exactly_their_tensors(arch):
     detector = small_detector(small_config(arch)).freeze(STEM)
-    frozen = {n: p for n, p in detector.named_parameters() if not p.requires_grad}
-    assert set(frozen) == {n for n in expected_frozen(detector, STEM) if n in dict(detector.named_parameters())}
-    assert (len(frozen), sum(p.numel() for p in frozen.values())) == (tensors, parameters)
+    frozen = {n for n, p in detector.named_parameters() if not p.requires_grad}
+    assert frozen == expected_frozen(detector, STEM) & set(dict(detector.named_parameters()))
     assert set(frozen_names(detector)) == expected_frozen(detector, STEM)
 
 
@@ -80,6 +80,7 @@ def test_frozen_is_bit_exact_after_50_steps_and_the_rest_moved(
 
 
 def _two_ranks():
+    shrink()
     moved, finals = {}, {}
     for frozen in (STEM, ALL_SHARED):
         config = small_config()
@@ -94,6 +95,7 @@ def _two_ranks():
     return moved, finals
 
 
+@pytest.mark.slow
 def test_two_processes_keep_frozen_bits_and_stay_equal():
     (changed0, final0), (changed1, final1) = run_ranks(_two_ranks, 2)
     detector = small_detector(small_config())
@@ -340,7 +342,12 @@ def _unfreeze(rewrap):
     return digests(state.detector.state_dict())
 
 
-@pytest.mark.parametrize("rewrap", [True, False])
-def test_ranks_stay_equal_after_unfreezing_only_if_rewrapped(rewrap):
-    first, second = run_ranks(_unfreeze, 2, rewrap)
-    assert (first == second) is rewrap
+def _unfreeze_both_ways():
+    shrink()
+    return _unfreeze(True), _unfreeze(False)
+
+
+@pytest.mark.slow
+def test_ranks_stay_equal_after_unfreezing_only_if_rewrapped():
+    (good, mutant), (other, other_mutant) = run_ranks(_unfreeze_both_ways, 2)
+    assert good == other and mutant != other_mutant

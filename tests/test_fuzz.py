@@ -39,6 +39,8 @@ from detbb.metrics.evaluators import CocoEvaluator
 from detbb.modeling.backbones.resnet import build_resnet
 from detbb.modeling.weights import load_backbone_weights
 
+pytestmark = pytest.mark.slow
+
 INPUTS = int(os.environ.get("DETBB_FUZZ", "50"))
 LONGEST_S = 20
 MOST_BYTES = 400e6

@@ -181,6 +181,7 @@ def test_losses_are_fp32_under_autocast_and_fp64_in_double(head_type):
     torch.testing.assert_close(sum(losses.values()).float(), exact, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @each_head
 def test_learns_two_images_in_seconds(head_type):
     head, features, batch = make_head(head_type), features_for(head_type), make_batch()

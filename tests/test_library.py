@@ -207,12 +207,14 @@ def _under_ddp():
     return moved(model, before), detbb.digests(model.state_dict())
 
 
+@pytest.mark.slow
 def test_frozen_is_bit_exact_under_ddp_and_ranks_stay_equal():
     (first, same), (second, other) = run_ranks(_under_ddp, 2)
     model = made("torchvision")
     assert first == second == set(model.state_dict()) - below(model, MODELS["torchvision"][1]) and same == other
 
 
+@pytest.mark.slow
 def test_the_loop_of_the_page_runs_on_two_processes(tmp_path):
     """As it is written, but for a last line that compares the processes."""
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]

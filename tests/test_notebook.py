@@ -7,6 +7,9 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+import pytest
+
+pytestmark = pytest.mark.slow
 
 SUPPORT = Path(__file__).resolve().parent / "support"
 

@@ -23,6 +23,8 @@ from detbb.data.loader import train_loader
 from detbb.heads.loading import load_config
 from detbb.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 10
 OPTIONS = ("train.steps=12", "train.workers=1", "checkpoint.every=1", f"train.timeout_s={TIMEOUT_S}")

@@ -66,6 +66,7 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(training, "train_step", interrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stops", "workers"), [((1,), 0), ((2, 3), 2), ((4, 7, 9), 0), ((6,), 2)])
 def test_stopped_and_resumed_runs_end_with_the_same_bits(monkeypatch, tmp_path, images, whole, stops, workers):
     """In a phase, at a switch, just before and after; with other worker counts; several times."""
