@@ -218,9 +218,6 @@ BAD = {
         [{"type": "Blur"}, {"type": "RandomCrop", "height": 900, "width": 9, "p": 0.01}],
         r"augment\[1\]: RandomCrop",
     ),
-    "word": ("strong", r"augment: 'strong'.*default, none"),
-    "no type": ([{"name": "Blur"}], r"augment\[0\]: .*type"),
-    "number": (3, "augment: 3"),
 }
 
 

@@ -19,7 +19,7 @@ from detbb.feature_cache.frozen_prefix import FrozenPrefix, folded, last_frozen
 from detbb.modeling.norm import SyncBatchNorm
 from detbb.structures.batch import PrecomputedFeatures
 
-pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 training = importlib.import_module("detbb.training.loop")
 STEM = ["backbone.stem", "backbone.layer1"]

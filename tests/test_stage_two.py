@@ -73,7 +73,7 @@ def test_results_of_the_first_branch_are_byte_identical(tmp_path, base, second):
 
 def test_the_run_prints_what_did_not_change(second):
     text = " ".join((second.parents[1] / "log.txt").read_text().split())
-    assert "unchanged to the bit since the start (SHA-256, freeze.json): backbone (all 120 tensors), neck (all" in text
+    assert "unchanged to the bit since the start (SHA-256, freeze.json): backbone (all 126 tensors), neck (all" in text
     assert "heads.first (all" in text and "heads.second (" not in text
     assert "so what it was at the start, in every prediction: first" in text
     assert "may change" not in text
@@ -83,7 +83,7 @@ def test_only_what_rested_in_every_phase_is_called_unchanged(tmp_path, data, bas
     phases = "phases=[{steps: 2, freeze: [backbone, heads.first]}, {freeze: [backbone.stem, neck, heads.first]}]"
     train(stage(tmp_path, data, {"first": FIRST, "second": SECOND}, phases, base=base))
     text = " ".join((tmp_path / "run" / "log.txt").read_text().split())
-    assert "freeze.json): backbone (6 of 120 tensors), heads.first (all" in text and "in every prediction" not in text
+    assert "freeze.json): backbone (6 of 126 tensors), heads.first (all" in text and "in every prediction" not in text
     assert "heads.first: frozen while neck is trained, so its predictions may change" in text
     assert "heads.first: frozen while backbone is trained, so its predictions may change" in text
 
