@@ -5,8 +5,8 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -29,7 +29,8 @@ def lines_of(folder: Path) -> list[dict]:
 def test_records_have_the_documented_form_and_are_whole_at_once(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     log.train(20, {"loss": 1.5, "objects/loss_cls": 1.0, "lr": 0.01, "data_s": 0.1, "step_s": 0.4})
-    log.evaluation(20, "ema", {"objects/bbox/AP": 37.9}, images={"objects": np.zeros((4, 5, 3), np.uint8)})
+    Image.new("RGB", (5, 4)).save(tmp_path / "samples.png")
+    log.evaluation(20, "ema", {"objects/bbox/AP": 37.9}, images={"objects": tmp_path / "samples.png"})
     train, evaluation = lines_of(tmp_path)  # before close: each line is flushed
     assert list(train) == ["step", "split", "loss", "objects/loss_cls", "lr", "data_s", "step_s"]
     assert evaluation == {"step": 20, "split": "val", "weights": "ema", "objects/bbox/AP": 37.9}
@@ -51,7 +52,7 @@ def test_log_txt_holds_what_the_terminal_showed_with_the_time(
     losses = {"loss": 1.196, **{f"a_long_name/{name}": value for name, value in losses.items()}, "grad_norm": 3.14}
     log.train(3, {**losses, "lr": 0.001, "step_s": 2.0})
     log.train(3, {"loss": 3.25, "a/loss_cls": 1, "b/loss_sem": 2.25})
-    log.table(summary_table({"objects/bbox/AP": 37.94})[0])
+    log.info(summary_table({"objects/bbox/AP": 37.94})[0])
     log.close()
     text = (tmp_path / "log.txt").read_text(encoding="utf-8")
     shown = capsys.readouterr().out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,8 @@ from detbb.detector import Detector
 from detbb.freeze import frozen_names, parts, resolve, tensors_of
 from detbb.modeling.norm import has_running_stats, norm_modules
 
-Numbers = (
-    float | list[float] | None
-)  # one for all parameters of a module, or each that occurs; None: nothing is trained
-
-_SHORT = {"BatchNorm2d": "BN", "FrozenBatchNorm2d": "FrozenBN", "SyncBatchNorm": "SyncBN", "GroupNorm": "GN"}
-_WIDE = 110  # columns; below it the table leaves out what a glance at the freezing does not need
+# One number for all parameters of a module, or each that occurs; None where nothing is trained.
+Numbers = float | list[float] | None
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def rows(detector: Detector, optimizer: torch.optim.Optimizer, *, lr: float, ave
 
 
 def findings(detector: Detector, phase: Phase) -> list[str]:
-    """What in the freeze list cannot be meant: names that add nothing."""
+    """Warnings about the freeze list: names that add nothing, and frozen heads on features that still change."""
     lines = []
     tensors = {name: tensors_of(detector, name) for name in phase.freeze}
     for index, name in enumerate(phase.freeze):
@@ -104,25 +100,23 @@ class PhaseTable:
     rows: Sequence[Row]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Table]:
-        wide = options.max_width >= _WIDE
+        left_out = () if options.max_width >= 110 else ("weight_decay", "ema")
+        names = [field.name for field in fields(Row) if field.name not in left_out]
         made = Table(title=_title(self.phase), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        made.add_column("module", no_wrap=True)
-        for title in ("trained", "of"):
-            made.add_column(title, justify="right", no_wrap=True)
-        for title in ("norm", "statistics", "affine", "lr", *(("weight decay", "ema") if wide else ())):
-            made.add_column(title)
+        for name in names:
+            title = "of" if name == "total" else name.replace("_", " ")
+            is_number = name in ("trained", "total")
+            made.add_column(title, justify="right" if is_number else "left", no_wrap=is_number or name == "module")
         for row in self.rows:
-            norm = "+".join(_SHORT.get(name, name) for name in row.norm.split("+"))
-            texts = [row.module, f"{row.trained:,}", f"{row.total:,}", norm, row.statistics, row.affine, _text(row.lr)]
-            made.add_row(*texts, *([_text(row.weight_decay), row.ema] if wide else []))
+            made.add_row(*(_text(getattr(row, name)) for name in names))
         yield made
 
 
 def markdown(phase: Phase, report: Sequence[Row], notes: Sequence[str]) -> str:
     """The table for the writers."""
-    titles = list(asdict(report[0])) if report else []
-    lines = [_title(phase), "", "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    lines += ["| " + " | ".join(map(_text, asdict(row).values())) + " |" for row in report]
+    names = [field.name for field in fields(Row)]
+    lines = [_title(phase), "", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(_text(getattr(row, name)) for name in names) + " |" for row in report]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
 
 
@@ -196,7 +190,7 @@ class FreezeJournal:
         self._write()
 
     def unchanged(self, detector: Detector) -> list[str]:
-        """A line on the tensors that have one and the same digest since the start, and since each later step."""
+        """A line for each step since which tensors have kept their digest: how many of which modules."""
         since: dict[str, int] = self._phases[-1].since if self._phases else {}
         tensors = {p: tensors_of(detector, p) for p in parts(detector) if not p.startswith("backbone.")}
         lines = []
@@ -215,8 +209,8 @@ class FreezeJournal:
         return lines
 
     def _write(self) -> None:
-        text = _File(phases=self._phases).model_dump_json(indent=1)
-        write_atomically(self._path, lambda file: file.write(text.encode()))
+        content = _File(phases=self._phases).model_dump_json(indent=1).encode()
+        write_atomically(self._path, lambda file: file.write(content))
 
 
 def _either(values: Sequence[bool], yes: str, no: str) -> str:
@@ -231,10 +225,12 @@ def _numbers(values: Iterable[float]) -> Numbers:
 
 
 def _text(value: str | int | Numbers) -> str:
-    """As a table shows it."""
+    """As a table shows it; names of norms are shortened."""
     if isinstance(value, list):
         return ", ".join(map(_text, value))
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, str):
+        return value.replace("BatchNorm2d", "BN").replace("BatchNorm", "BN").replace("GroupNorm", "GN")
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else f"{value:,}"
 
 
 def _title(phase: Phase) -> str:

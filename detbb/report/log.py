@@ -6,10 +6,12 @@ import math
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from rich.text import Text
 
 from detbb.core.console import console
 from detbb.core.files import writing
-from detbb.report.writers import find_writers
+from detbb.report.writers import Writer, find_writers
 
 _SHORT = {"box_reg": "box", "centerness": "ctr", "rpn_cls": "rpn", "rpn_loc": "rpn-box", "keypoint": "kpt"}
 
@@ -44,18 +46,17 @@ class RunLog:
     ) -> None:
         """Raises: UserError: a writer is not known, or the folder cannot be written."""
         self._began = time.monotonic()
-        self._writes = rank == 0
-        if not self._writes:
-            return
         self._folder = output_dir
-        with writing(output_dir):
-            output_dir.mkdir(parents=True, exist_ok=True)
-            self._text = (output_dir / "log.txt").open("a", encoding="utf-8")
-            self._writers = [writer(output_dir, resume_step=resume_step) for writer in find_writers(writers)]
-        self._console = console()
-        self._plain = console(self._text)
+        self._writers: list[Writer] = []
+        self._text: TextIO | None = None
+        if rank == 0:
+            with writing(output_dir):
+                output_dir.mkdir(parents=True, exist_ok=True)
+                self._text = (output_dir / "log.txt").open("a", encoding="utf-8")
+                self._writers = [writer(output_dir, resume_step=resume_step) for writer in find_writers(writers)]
+        self._console, self._plain = console(), console(self._text)
         self._live: Live | None = None
-        self._speed = _Speed()
+        self._recent: deque[tuple[int, float, float]] = deque(maxlen=20)  # images, step_s and data_s of the last steps
         self._steps, self._epoch_steps = 0, epoch_steps
 
     @property
@@ -63,12 +64,18 @@ class RunLog:
         """Since the log was opened, as hours:minutes:seconds."""
         return str(timedelta(seconds=round(time.monotonic() - self._began)))
 
-    def info(self, text: str) -> None:
-        """A line (or a few) on the terminal, and in log.txt with the time before it."""
-        self._show(Text(text))
-
-    def table(self, table: RenderableType) -> None:
-        self._show(table)
+    def info(self, content: RenderableType) -> None:
+        """A line (or a few) on the terminal, and in log.txt with the time before it; or a table, without the time."""
+        if self._text is None:
+            return
+        shown = Text(content) if isinstance(content, str) else content  # not markup: names may hold brackets
+        line = isinstance(shown, Text)
+        self._console.print(shown, highlight=False, soft_wrap=line)
+        with writing(self._folder / "log.txt"):
+            if line:
+                self._plain.print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  ", end="", highlight=False)
+            self._plain.print(shown, highlight=False, soft_wrap=line)
+            self._text.flush()
 
     def progress(
         self, step: int, total: int, *, losses: Mapping[str, float], images: int, step_s: float, data_s: float
@@ -77,11 +84,9 @@ class RunLog:
 
         images: of this step over all ranks. step_s: the whole step, of which data_s was spent waiting for data.
         """
-        if not self._writes:
-            return
-        self._speed.add(images, step_s, data_s)
+        self._recent.append((images, step_s, data_s))
         self._steps = total
-        if self._console.is_terminal:
+        if self._text is not None and self._console.is_terminal:
             if self._live is None:
                 self._live = Live(console=self._console, refresh_per_second=4, transient=True)
                 self._live.start()
@@ -90,77 +95,55 @@ class RunLog:
 
     def train(self, step: int, values: Mapping[str, float]) -> None:
         """One training record: `{"step", "split": "train", …values}`; also a line of text."""
-        if not self._writes:
-            return
         with writing(self._folder):
             for writer in self._writers:
                 writer.scalars(step, values, split="train", weights=None)
-        self._show(Text(f"{self._status(step)}  {_losses(values)}"))
+        self.info(f"{self._status(step)}  {_losses(values)}")
 
     def evaluation(
-        self,
-        step: int,
-        weights: str,
-        metrics: Mapping[str, float],
-        *,
-        split: str = "val",
-        images: Mapping[str, np.ndarray | Path] | None = None,
+        self, step: int, weights: str, metrics: Mapping[str, float], *, images: Mapping[str, Path] | None = None
     ) -> None:
-        """One record `{"step", "split", "weights": "ema" | "model", …metrics}` and a line; nothing without metrics.
+        """One record `{"step", "split": "val", "weights": "ema" | "model", …metrics}` and a line; none without metrics.
 
-        images: pictures for the writers by name, (H, W, 3) uint8 RGB or a file.
+        images: files of pictures for the writers, by name.
         """
-        if not self._writes or not metrics:
+        if self._text is None or not metrics:
             return
         with writing(self._folder):
             for name, image in (images or {}).items():
-                pixels = image if isinstance(image, np.ndarray) else np.asarray(Image.open(image).convert("RGB"))
+                pixels = np.asarray(Image.open(image).convert("RGB"))
                 for writer in self._writers:
-                    writer.image(f"{split}/{weights}/{name}", pixels, step)
+                    writer.image(f"val/{weights}/{name}", pixels, step)
             for writer in self._writers:
-                writer.scalars(step, metrics, split=split, weights=weights)
+                writer.scalars(step, metrics, split="val", weights=weights)
         kinds: dict[str, str] = {}  # `<head>/<kind>` -> its metrics over all classes
         for name, value in metrics.items():
             *parts, metric = name.split("/", 2)
             if "-" not in metric:
                 kind = "/".join(parts)
                 kinds[kind] = f"{kinds.get(kind, kind)} {metric} {value:.4g}"
-        self._show(Text(f"step {step}  {split} ({weights})  {'  '.join(kinds.values())}"))
+        self.info(f"step {step}  val ({weights})  {'  '.join(kinds.values())}")
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Text for the writers alone, such as the freeze report."""
-        if self._writes:
-            with writing(self._folder):
-                for writer in self._writers:
-                    writer.text(tag, markdown, step)
+        with writing(self._folder):
+            for writer in self._writers:
+                writer.text(tag, markdown, step)
 
     def sync(self) -> None:
         """Make everything logged so far durable; call it before a checkpoint that relies on it is saved."""
-        if self._writes:
-            with writing(self._folder):
-                for writer in self._writers:
-                    writer.sync()
+        with writing(self._folder):
+            for writer in self._writers:
+                writer.sync()
 
     def close(self) -> None:
-        if not self._writes:
-            return
         if self._live is not None:
             self._live.stop()
         with writing(self._folder), ExitStack() as stack:  # all of them, whichever fails
-            stack.callback(self._text.close)
+            if self._text is not None:
+                stack.callback(self._text.close)
             for writer in self._writers:
                 stack.callback(writer.close)
-
-    def _show(self, content: RenderableType) -> None:
-        if not self._writes:
-            return
-        line = isinstance(content, Text)
-        self._console.print(content, highlight=False, soft_wrap=line)
-        with writing(self._folder / "log.txt"):
-            if line:
-                self._plain.print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  ", end="", highlight=False)
-            self._plain.print(content, highlight=False, soft_wrap=line)
-            self._text.flush()
 
     def _status(self, step: int) -> str:
         if not self._steps:
@@ -169,30 +152,10 @@ class RunLog:
         if self._epoch_steps:
             now, last = (math.ceil(n / self._epoch_steps - 1e-9) for n in (step, self._steps))
             epoch = f"epoch {now}/{last}  "
-        return (
-            f"{epoch}step {step}/{self._steps}  eta {self._speed.eta(self._steps - step)}  {self._speed}  {_memory()}"
-        )
-
-
-class _Speed:
-    """Means over about the last 20 steps."""
-
-    def __init__(self) -> None:
-        self._images = self._step_s = self._data_s = self._weight = 0.0
-
-    def add(self, images: int, step_s: float, data_s: float) -> None:
-        keep = 0.95 if self._weight else 0.0
-        self._images = keep * self._images + images
-        self._step_s = keep * self._step_s + step_s
-        self._data_s = keep * self._data_s + data_s
-        self._weight = keep * self._weight + 1
-
-    def eta(self, steps: int) -> str:
-        return str(timedelta(seconds=round(steps * self._step_s / self._weight))) if self._weight else "?"
-
-    def __str__(self) -> str:
-        step_s = max(self._step_s, 1e-9)
-        return f"{self._images / step_s:.1f} images/s  data wait {self._data_s / step_s:.0%}"
+        images, step_s, data_s = map(sum, zip(*self._recent, strict=True))
+        eta = timedelta(seconds=round((self._steps - step) * step_s / len(self._recent)))
+        speed = f"{images / step_s:.1f} images/s  data wait {data_s / step_s:.0%}"
+        return f"{epoch}step {step}/{self._steps}  eta {eta}  {speed}  {_memory()}"
 
 
 def _losses(values: Mapping[str, float]) -> str:

@@ -109,7 +109,7 @@ def start_phase(run: Run, phase: Phase) -> None:
     lr = config.optimizer.lr * schedule(phase.start, config.schedule, run.steps)
     rows = report.rows(detector, state.optimizer, lr=lr, averaged=averaged)
     notes = report.findings(detector, phase)
-    run.log.table(report.PhaseTable(phase, rows))
+    run.log.info(report.PhaseTable(phase, rows))
     for note in notes:
         run.log.info(f"WARNING: {note}")
     if run.step == phase.start:  # not again where a phase is resumed
@@ -174,7 +174,7 @@ def log_step(run: Run, result: StepResult, *, lr: float, step_s: float, data_s: 
 def finish(run: Run) -> None:
     """The table at the end, what the run left untouched, what to do next, and where everything is."""
     for table in summary_table(run.metrics, title=f"step {run.step}"):
-        run.log.table(table)
+        run.log.info(table)
     if rank() == 0:
         proofs = run.journal.unchanged(run.state.detector)
         for line in [*proofs, *overview.closing(run.config, run.steps, run.log.elapsed, best=run.best_metric())]:
