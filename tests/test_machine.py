@@ -32,7 +32,8 @@ def test_a_fault_of_the_machine_has_its_documented_outcome(tmp_path, images, fau
     assert job.wait(timeout_s=150) == [fault.code], (tmp_path / "out.txt").read_text()[-3000:]
     text = (tmp_path / "out.txt").read_text()
     assert re.search(fault.says, text), text[-3000:]
-    assert (fault.code == 0 or time.monotonic() - began < 120) and ("Traceback" in text) == fault.traceback
+    assert fault.code == 0 or time.monotonic() - began < 120
+    assert not fault.quiet or "Traceback" not in text
     if fault.step is not None:
         assert newest_step(tmp_path / "run") == fault.step
 

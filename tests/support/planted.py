@@ -1227,7 +1227,7 @@ class MachineFault:
     code: int = 2
     options: tuple[str, ...] = ("train.workers=1",)
     step: int | None = None  # of the newest checkpoint
-    traceback: bool = False
+    quiet: bool = True  # no traceback is shown, not even a worker's
 
 
 def _module(name: str) -> Any:
@@ -1364,12 +1364,13 @@ MACHINE_FAULTS = [
         r"error: .*no room for a batch in /dev/shm \(.*free\); .*--shm-size",
         (worker_has_a_bus_error,),
     ),
-    MachineFault("too many open files", ENDS, "open no more files.*ulimit -n", (limit_open_files,)),
+    MachineFault("too many open files", ENDS, "open no more files.*ulimit -n", (limit_open_files,), quiet=False),
     MachineFault(
         "too many open files, `on_bad_image: skip`",
         ENDS,
         r"(png: cannot be read: Too many open files|open no more files).*ulimit -n",
         (limit_open_files_for_images,),
+        quiet=False,
         options=("train.workers=1", "data.shapes.on_bad_image=skip"),
     ),
     MachineFault("a data worker is killed", ENDS, "was killed.*memory.*lower", (worker_is_killed,)),
