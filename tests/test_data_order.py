@@ -26,7 +26,7 @@ from detbb.core.errors import UserError
 from detbb.data.formats import read_split
 from detbb.data.loader import TrainDataset, eval_loader, train_loader
 from detbb.data.sample import SampleReader
-from detbb.data.sampler import SampleKey, SampleOrder, SourceSchedule, StepSampler, hash_seed
+from detbb.data.sampler import MicroBatch, SampleKey, SampleOrder, SourceSchedule, StepSampler, hash_seed
 from detbb.inference.evaluate import ground_truth
 from detbb.structures.batch import Batch
 from detbb.structures.predictions import Predictions
@@ -268,7 +268,8 @@ def test_a_step_costs_the_same_in_a_set_of_any_size(tmp_path: Path) -> None:
     dataset = TrainDataset({"shapes": SampleReader(many, source, train=True)})
     tracemalloc.start()
     try:
-        dataset[SampleKey("shapes", 0, 1, 0)]
+        key = SampleKey("shapes", 0, 1, 0)
+        dataset.__getitems__(MicroBatch([key], [key]))
         ground_truth(many, 1, like=Predictions(boxes=torch.zeros(0, 4)))
         assert tracemalloc.get_traced_memory()[1] < 4_000_000
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Collection, Iterable
@@ -87,9 +88,7 @@ def read_image(path: str | Path, max_pixels: int) -> np.ndarray:
     `max_pixels` from the header alone.
     """
     with _open(path) as file:
-        image = _identify(path, file)
-        if image.width * image.height > max_pixels:
-            raise BadImage(path, f"has {image.width} x {image.height} pixels, more than max_pixels: {max_pixels}")
+        image = _identify(path, file, max_pixels)
         orientation = _orientation(image)
         if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1:
             file.seek(0)
@@ -107,9 +106,7 @@ def read_image(path: str | Path, max_pixels: int) -> np.ndarray:
 def read_index_png(path: str | Path, max_pixels: int) -> np.ndarray:
     """(h, w) uint8 values of a class-index mask: gray values, or palette indices. Raises BadImage."""
     with _open(path) as file:
-        image = _identify(path, file)
-        if image.width * image.height > max_pixels:
-            raise BadImage(path, f"has {image.width} x {image.height} pixels, more than max_pixels: {max_pixels}")
+        image = _identify(path, file, max_pixels)
         if image.mode not in ("L", "P", "1"):
             raise BadImage(path, f"has mode {image.mode}; a mask holds one 8-bit class index a pixel")
         try:
@@ -183,19 +180,17 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[str]:
 def _open(path: str | Path) -> BinaryIO:
     try:
         mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
-            raise BadImage(path, "is a folder, not a file" if stat.S_ISDIR(mode) else "is not a regular file")
-        return open(path, "rb")
+        if stat.S_ISREG(mode):  # opening a FIFO would wait for ever
+            return open(path, "rb")
     except (OSError, ValueError) as e:
-        if isinstance(e, BadImage):
-            raise
         why = f"cannot be read: {getattr(e, 'strerror', None) or e}"
         if isinstance(e, OSError) and e.errno not in REFUSED:  # `on_bad_image: skip` would leave out sound images
             raise UserError(f"{path}: {why}; this is the machine's fault (too many open files: ulimit -n)") from None
         raise BadImage(path, why) from None
+    raise BadImage(path, "is a folder, not a file" if stat.S_ISDIR(mode) else "is not a regular file")
 
 
-def _identify(path: str | Path, file: BinaryIO) -> Image.Image:
+def _identify(path: str | Path, file: BinaryIO, max_pixels: float = math.inf) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError:
@@ -203,6 +198,8 @@ def _identify(path: str | Path, file: BinaryIO) -> Image.Image:
         raise BadImage(path, _what_else(file.read(1024))) from None
     except Exception as e:
         raise BadImage(path, f"cannot be decoded: {one_line(e, 200)}") from None
+    if image.width * image.height > max_pixels:
+        raise BadImage(path, f"has {image.width} x {image.height} pixels, more than max_pixels: {max_pixels}")
     tags = getattr(image, "tag_v2", {})  # of a TIFF: bits a sample, and whether they are unsigned integers (1)
     unsigned = set(tags.get(339, (1,))) == {1} and set(tags.get(258, (8,))) <= {1, 2, 4, 8, 16}
     if not unsigned or image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # 16-bit PGM is `I`, too

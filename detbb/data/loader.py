@@ -34,21 +34,15 @@ class TrainDataset(Dataset):
         self._readers, self._stride, self._stores = readers, stride, stores or {}
         self._largest = {name: r.largest() for name, r in readers.items() if r.config.pad == "source"}
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Target]:
-        image, target, *_ = self._read(key)
-        assert image is not None
-        return image, target
-
     def __getitems__(self, keys: MicroBatch) -> Batch | UserError:
         """The padded batch, or the error to raise in the main process (a worker's traceback is no use to a user)."""
         try:
-            samples = [self._read(k) for k in keys]
-            images, targets = [s[0] for s in samples if s[0] is not None], [s[1] for s in samples]
-            batch = collate(images, targets, keys[0].source, self._stride, self._padded(keys))
-            entries = tuple(s[3] for s in samples if s[3] is not None)
-            return replace(batch, bad_images=tuple(path for s in samples for path in s[2]), entries=entries)
+            images, targets, bad, entries = zip(*map(self._read, keys), strict=True)
+            read = [image for image in images if image is not None]
+            batch = collate(read, targets, keys[0].source, self._stride, self._padded(keys))
         except UserError as e:
             return UserError(str(e))
+        return replace(batch, bad_images=sum(bad, ()), entries=tuple(e for e in entries if e is not None))
 
     def _padded(self, keys: MicroBatch) -> tuple[int, int]:
         """(h, w) that covers the images of all processes, so that padding does not depend on how many there are."""
@@ -59,20 +53,20 @@ class TrainDataset(Dataset):
             return self._largest[source]
         reader = self._readers[source]
         if reader.transform.changes_size:
-            sizes = [tuple(self[k][0].shape[1:]) for k in keys.everyone if k not in keys]
+            sizes = [self._read(k)[1].size.hw for k in keys.everyone if k not in keys]
         else:
             sizes = [reader.size(k.index, k.epoch) for k in keys.everyone]
         return max((s[0] for s in sizes), default=0), max((s[1] for s in sizes), default=0)
 
-    def _read(self, key: SampleKey) -> tuple[Tensor | None, Target, list[str], CacheEntry | None]:
+    def _read(self, key: SampleKey) -> tuple[Tensor | None, Target, tuple[str, ...], CacheEntry | None]:
         """Image (None if its features are stored), target, files passed over, and entry of the feature cache.
 
-        With `on_bad_image: skip`, the next image takes a bad one's place, where padding follows from the sizes alone
-        no larger than that one, so that all processes still know it.
+        With `on_bad_image: skip`, the next image takes a bad one's place. Where padding follows from the sizes alone,
+        it becomes no larger than the bad one, so that all processes still know the padding.
         """
         reader, store = self._readers[key.source], self._stores.get(key.source)
         known = store is not None or key.source in self._largest or reader.transform.changes_size
-        bad: list[str] = []
+        bad: tuple[str, ...] = ()
         count = len(reader.annotations)
         for offset in range(count):
             index = (key.index + offset) % count
@@ -86,7 +80,7 @@ class TrainDataset(Dataset):
             except BadImage as e:
                 if reader.config.on_bad_image == "error":
                     raise
-                bad.append(str(e))
+                bad += (str(e),)
         raise UserError(f"data.{key.source}.train: none of {count} images can be decoded; the first: {bad[0]}")
 
 
@@ -101,15 +95,13 @@ class EvalDataset(Dataset):
         for index in indices:
             try:
                 samples.append(self._reader.read(index))
-            except BadImage as e:
-                if self._reader.config.on_bad_image == "error":
-                    return UserError(str(e))
-                samples.append(self._reader.blank(index))
-                bad.append(str(e))
             except UserError as e:
-                return UserError(str(e))
-        batch = collate([s[0] for s in samples], [s[1] for s in samples], self._source, self._stride)
-        return replace(batch, bad_images=tuple(bad))
+                if not isinstance(e, BadImage) or self._reader.config.on_bad_image == "error":
+                    return UserError(str(e))
+                samples.append(self._reader.black(index))
+                bad.append(str(e))
+        images, targets = zip(*samples, strict=True)
+        return replace(collate(images, targets, self._source, self._stride), bad_images=tuple(bad))
 
 
 class BatchLoader(DataLoader):
@@ -195,14 +187,10 @@ def _loader(dataset: Dataset, batches: Any, workers: int, *, pin: bool) -> Batch
         return BatchLoader(
             dataset,
             batch_sampler=batches,
-            collate_fn=_as_is,
+            collate_fn=lambda batch: batch,
             num_workers=workers,
             worker_init_fn=start_worker,
             multiprocessing_context="fork" if workers else None,  # shares the annotations' pages
             pin_memory=pin and torch.cuda.is_available(),
             generator=torch.Generator(),  # else starting workers would draw from the global stream
         )
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

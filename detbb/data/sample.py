@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detbb.config.schema import DataConfig
-from detbb.core.errors import UserError
+from detbb.core.errors import UserError, one_line
 from detbb.data.formats.semantic import read_mask
 from detbb.data.images import BadImage, read_image, safe_join
 from detbb.data.sampler import hash_seed
@@ -47,13 +47,13 @@ class SampleReader:
 
     def variants(self) -> int | None:
         """How many different images one image can become over all epochs; None: any number."""
-        if self.transform.flips is not None and not self.transform.draws_size:
-            return {"": 1, "h": 2}.get(self.transform.flips, 4)
+        if self.transform.only_flips:
+            return {"": 1, "h": 2}.get(self.transform.flips or "", 4)
         return self.config.views
 
     def variant(self, index: int, epoch: int) -> int:
         """Which of `variants()` the image is in this epoch."""
-        if self.transform.flips is not None and not self.transform.draws_size:
+        if self.transform.only_flips:
             return self.transform.flipped(self.stream(index, epoch))
         assert self.config.views is not None
         return epoch % self.config.views
@@ -81,38 +81,35 @@ class SampleReader:
         image = read_image(path, self.config.max_pixels)
         if image.shape[:2] != (height, width):
             raise BadImage(path, f"is {image.shape[1]} x {image.shape[0]}, its annotations say {width} x {height}")
-        sample = self._augmented(image, index, epoch, self.size(index, epoch, within))
-        return torch.from_numpy(sample.image).permute(2, 0, 1).contiguous(), self._target(sample, index, step)
+        return self._augmented(image, index, epoch, step, self.size(index, epoch, within))
 
     def target(self, index: int, epoch: int = 0, step: int = 0) -> Target:
         """The target alone; the image is read only where the augmentation's draws might depend on its pixels."""
         if self.transform.flips is None:
             return self.read(index, epoch, step)[1]
-        hw = self.size(index, epoch)
-        return self._target(self._augmented(_black(hw), index, epoch, hw), index, step)
+        return self.black(index, epoch, step)[1]
 
-    def _augmented(self, image: np.ndarray, index: int, epoch: int, hw: tuple[int, int]) -> Sample:
+    def black(self, index: int, epoch: int = 0, step: int = 0) -> tuple[Tensor, Target]:
+        """A black image in place of this one, with this one's target."""
+        hw = self.size(index, epoch)
+        return self._augmented(np.zeros((*hw, 3), dtype=np.uint8), index, epoch, step, hw)
+
+    def _augmented(
+        self, image: np.ndarray, index: int, epoch: int, step: int, hw: tuple[int, int]
+    ) -> tuple[Tensor, Target]:
         try:
-            return self.transform(self._sample(image, index, hw), self.stream(index, epoch))
+            sample = self.transform(self._sample(image, index, hw), self.stream(index, epoch))
         except BadImage:
             raise
         except Exception as e:  # albumentations, or a run-length code that is none
-            raise UserError(f"{self.path(index)}: masks or augmentation failed: {' '.join(str(e).split())}") from e
-
-    def blank(self, index: int) -> tuple[Tensor, Target]:
-        """A black image of the same size, to evaluate in place of one that cannot be decoded."""
-        hw = self.size(index, 0)
-        sample = self.transform(self._sample(_black(hw), index, hw), 0)
-        return torch.from_numpy(sample.image).permute(2, 0, 1).contiguous(), self._target(sample, index, 0)
+            raise UserError(f"{self.path(index)}: masks or augmentation failed: {one_line(e)}") from e
+        return torch.from_numpy(sample.image).permute(2, 0, 1), self._target(sample, index, step)
 
     def _sample(self, image: np.ndarray, index: int, hw: tuple[int, int]) -> Sample:
         """image: as on disk, or resized to `hw` already."""
         annotations = self.annotations
         original_hw: tuple[int, int] = tuple(annotations.sizes[index].tolist())
-        rows = np.arange(*annotations.first[index : index + 2])
-        rows = rows[~annotations.crowd[rows]]
-        boxes = annotations.boxes_xywh[rows].copy()
-        boxes[:, 2:] += boxes[:, :2]
+        rows, boxes = annotations.objects(index)
         sample = Sample(image, boxes.clip(-1e6, 1e6), rows)
         if "keypoints" in self._needs and annotations.keypoints is not None:
             sample.keypoints = annotations.keypoints[rows]
@@ -140,7 +137,3 @@ class SampleReader:
             keypoints=None if sample.keypoints is None else torch.from_numpy(sample.keypoints),
             semantic=None if sample.semantic is None else torch.from_numpy(np.ascontiguousarray(sample.semantic)),
         )
-
-
-def _black(hw: tuple[int, int]) -> np.ndarray:
-    return np.zeros((*hw, 3), dtype=np.uint8)

@@ -76,6 +76,11 @@ class Transform:
             self.flips = None if "?" in named else "".join(named)
             self.changes_size = not all(_keeps_size(t) for _, t in _leaves(transforms, ""))
 
+    @property
+    def only_flips(self) -> bool:
+        """Whether all that training does with images is to flip them, or nothing."""
+        return self.flips is not None and not self.draws_size
+
     def size(self, hw: tuple[int, int], seed: int | None = None) -> tuple[int, int]:
         """(height, width) that an image of `hw` is resized to; without a seed, the largest that may be drawn."""
         short = float(self._short)

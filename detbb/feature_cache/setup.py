@@ -164,7 +164,7 @@ def _about(config: Config, detector: Detector, source: str, plan: Plan, reader: 
     parts = {"backbone": detector.backbone} | ({"neck": detector.neck} if last == "neck" else {})
     names = [name for name in state if name.startswith(tuple(f"{part}." for part in parts))]
     augmented: dict[str, Any] = {"image_size": list(data.image_size), "augment": data.augment}
-    if reader.transform.flips is None or reader.transform.draws_size:
+    if not reader.transform.only_flips:
         augmented |= {"views": data.views, "seed": config.seed}
     annotations = reader.annotations
     about = {

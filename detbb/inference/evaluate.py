@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from detbb.checkpoint.content import add_inherited_heads, open_checkpoint, restore_detector, stored_config
 from detbb.config.loading import config_to_dict
@@ -172,28 +173,21 @@ def _run(
             predicted = detector.predict(batch.images.to(device), batch.sizes, heads=[b.name for b in branches])
             for branch in branches:
                 for target, predictions in zip(batch.targets, predicted[branch.name], strict=True):
-                    branch.take(target.image_id, on_cpu(predictions.to_original(target.size)))
+                    branch.take(target.image_id, predictions.to_original(target.size).map(Tensor.cpu))
     return True
-
-
-def on_cpu(predictions: Predictions) -> Predictions:
-    return Predictions(**{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in vars(predictions).items()})
 
 
 def ground_truth(annotations: Annotations, index: int, *, like: Predictions) -> Predictions:
     """An image's annotations without crowds, in original pixels, in the fields that `like` has; masks are bool."""
-    rows = np.arange(*annotations.first[index : index + 2])
-    labels = torch.from_numpy(annotations.labels[rows].astype(np.int64))
     if like.semantic is not None:
         return Predictions(semantic=torch.from_numpy(read_mask(annotations, index)))
     if like.probabilities is not None:
         present = torch.zeros(len(annotations.classes))
-        present[labels] = 1
+        present[annotations.labels[annotations.rows(index)]] = 1
         return Predictions(probabilities=present)
-    rows = rows[~annotations.crowd[rows]]
-    boxes = torch.from_numpy(annotations.boxes_xywh[rows].astype(np.float32))
-    boxes[:, 2:] += boxes[:, :2]
-    truth = Predictions(boxes, labels=torch.from_numpy(annotations.labels[rows].astype(np.int64)))
+    rows, boxes = annotations.objects(index)
+    labels = torch.from_numpy(annotations.labels[rows].astype(np.int64))
+    truth = Predictions(torch.from_numpy(boxes.astype(np.float32)), labels=labels)
     if like.masks is not None and annotations.segments is not None:
         hw = tuple(annotations.sizes[index].tolist())
         truth.masks = torch.from_numpy(rasterize(annotations.segments, rows, hw, hw).astype(bool))

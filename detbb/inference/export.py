@@ -128,7 +128,9 @@ def export_onnx(
     onnx.helper.set_model_props(model, {"detbb": json.dumps(_description(whole, content))})
     onnx.checker.check_model(model)
     data = model.SerializeToString()
-    session = onnxruntime.InferenceSession(data, _options(onnxruntime), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, torch.get_num_threads()
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     shapes = {o.name: tuple(d if isinstance(d, int) else "n" for d in o.shape) for o in session.get_outputs()}
     export = Export(output, size, len(images), shapes)
     for image in images:
@@ -199,13 +201,6 @@ def _trace(whole: ExportModule, image: Tensor) -> bytes:
         names: dict[str, Any] = {"input_names": ["image"], "output_names": whole.names}
         torch.onnx.export(whole, (image,), file, opset_version=OPSET, dynamo=False, **names)
         return file.read_bytes()
-
-
-def _options(onnxruntime: Any) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    return options
 
 
 def _description(whole: ExportModule, content: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from detbb.checkpoint.content import opened, restore_detector
 from detbb.config.schema import DataConfig
@@ -19,7 +20,7 @@ from detbb.data.images import BadImage, list_images, read_image
 from detbb.data.transforms import Sample, Transform, resize
 from detbb.detector import Detector
 from detbb.distributed.processes import processes
-from detbb.inference.evaluate import on_cpu, write_json, write_png
+from detbb.inference.evaluate import write_json, write_png
 from detbb.metrics.evaluators import coco_results
 from detbb.report import plots
 from detbb.structures.batch import ImageSize, collate
@@ -97,7 +98,7 @@ def predict_image(
     device = next(detector.parameters()).device
     size = ImageSize(hw, (height, width))
     predicted = detector.predict(batch.images.to(device), [size], heads=heads)
-    return {name: on_cpu(one.to_original(size)) for name, (one,) in predicted.items()}
+    return {name: one.to_original(size).map(Tensor.cpu) for name, (one,) in predicted.items()}
 
 
 def above(predictions: Predictions, threshold: float) -> Predictions:
@@ -105,8 +106,7 @@ def above(predictions: Predictions, threshold: float) -> Predictions:
     if predictions.scores is None:
         return predictions
     keep = predictions.scores >= threshold
-    fields = {name: value[keep] if value is not None else None for name, value in vars(predictions).items()}
-    return Predictions(**fields)
+    return predictions.map(lambda value: value[keep])
 
 
 def find_images(inputs: Sequence[str | Path], output_dir: Path | None) -> Iterator[tuple[Path, Path]]:

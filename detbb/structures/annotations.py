@@ -207,6 +207,14 @@ class Annotations:
     def rows(self, index: int) -> slice:
         return slice(int(self.first[index]), int(self.first[index + 1]))
 
+    def objects(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of image `index` without crowds, and their boxes: (n,) int64 and (n, 4) float64 xyxy."""
+        rows = np.arange(*self.first[index : index + 2])
+        rows = rows[~self.crowd[rows]]
+        boxes = self.boxes_xywh[rows]
+        boxes[:, 2:] += boxes[:, :2]
+        return rows, boxes
+
     def path(self, index: int) -> Path:
         return self.root / self.file_names[index]
 

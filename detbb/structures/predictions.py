@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
@@ -25,6 +26,10 @@ class Predictions:
     semantic: Tensor | None = None  # (C, h, w) float32 logits; after to_original (h, w) uint8 labels
     probabilities: Tensor | None = None  # (C,) float32 in [0, 1]
     values: Tensor | None = None  # (C,) float32: any number for each class, such as a count
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Predictions:
+        """The same with `change(value)` in every field that is there."""
+        return Predictions(**{name: None if value is None else change(value) for name, value in vars(self).items()})
 
     def to_original(self, size: ImageSize) -> Predictions:
         """The same in pixels of the image on disk."""
