@@ -218,6 +218,7 @@ BAD = {
         [{"type": "Blur"}, {"type": "RandomCrop", "height": 900, "width": 9, "p": 0.01}],
         r"augment\[1\]: RandomCrop",
     ),
+    "no type": ([{"type": "OneOf", "transforms": [{"name": "Blur"}]}], r"augment\[0\]\.transforms\[0\]: .*type"),
 }
 
 

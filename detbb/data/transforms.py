@@ -62,11 +62,7 @@ class Transform:
         self.flips: str | None = ""  # the flips it consists of (h, v); None: there is something else
         specs = config.augment if train else "none"
         if isinstance(specs, str):
-            if specs not in ("default", "none"):
-                raise unknown_name("augment", specs, ["default", "none", "a list of albumentations transforms"])
             specs = [{"type": "HorizontalFlip", "p": 0.5}] if specs == "default" else []
-        if not isinstance(specs, Sequence):
-            raise UserError(f"augment: {specs!r} is neither default, none nor a list of transforms")
         if specs:
             transforms = [_build(spec, f"augment[{i}]", semantic=semantic) for i, spec in enumerate(specs)]
             self._compose = _composed(transforms)

@@ -114,8 +114,8 @@ def examine(data: Mapping[str, DataConfig], *, files: bool = True, max_detection
                 found[split] = Split(name, split, origin, None, faults)
             else:
                 if annotations is not None:
-                    faults = [*annotations.faults, *_of_set(annotations, split, source.augment)]
-                    notes = [*annotations.notes, *_notes(annotations, split, max_detections)]
+                    own = _of_set(annotations, split, source.augment, max_detections)
+                    faults, notes = [*annotations.faults, *own.found], [*annotations.notes, *own.notes]
                     found[split] = Split(name, split, origin, annotations, faults, notes)
         if files:
             splits = {split: s.annotations for split, s in found.items() if s.annotations is not None}
@@ -126,47 +126,44 @@ def examine(data: Mapping[str, DataConfig], *, files: bool = True, max_detection
     return report
 
 
-def _of_set(annotations: Annotations, split: str, augment: object) -> list[Fault]:
+def _of_set(annotations: Annotations, split: str, augment: object, max_detections: int) -> Faults:
+    """What only the whole split tells: its faults, and its notes."""
     faults = Faults("", strict=False)
+    objects = annotations.has("boxes") and len(annotations.labels)
     why = [f"{fault.count} x {fault.kind.rstrip(':')}" for fault in (*annotations.faults, *annotations.notes)] or [""]
     if any(not fault.repaired for fault in annotations.faults):
         pass  # which may be all that an empty set is about
     elif not len(annotations):
         faults.refuse("empty set: no image that can be used", why)
-    elif split == "train" and annotations.has("boxes") and not len(annotations.labels):
+    elif split == "train" and annotations.has("boxes") and not objects:
         faults.refuse("empty set: no object to learn from", why)
     names = annotations.keypoint_names
     mirrors = split == "train" and re.search("default|Flip|Transpose|D4|SquareSymmetry", str(augment))
     if mirrors and len(names) > 1 and not annotations.flip_pairs:
         faults.repair("keypoint name without left and right (in mirrored images they do not change places):", names)
-    return faults.found
-
-
-def _notes(annotations: Annotations, split: str, max_detections: int) -> list[Fault]:
-    notes = Faults("")
-    if split == "val" and annotations.has("boxes") and len(annotations) and not len(annotations.labels):
-        notes.repair("no object: there is nothing to measure", [""])
-    ids = annotations.category_ids
-    if len(ids) and not np.array_equal(np.sort(ids), np.arange(ids.min(), ids.min() + len(ids))):
-        notes.repair("category ids with gaps (labels count from 0, results have these ids):", np.sort(ids))
-    if annotations.has("boxes") and len(annotations.labels):
+    if split == "val" and annotations.has("boxes") and len(annotations) and not objects:
+        faults.note("no object: there is nothing to measure", [""])
+    ids = np.sort(annotations.category_ids)
+    if len(ids) and not np.array_equal(ids, np.arange(ids[0], ids[0] + len(ids))):
+        faults.note("category ids with gaps (labels count from 0, results have these ids):", ids)
+    if objects:
         labels = annotations.labels[~annotations.crowd]
         counts = np.bincount(labels, minlength=len(annotations.classes)).tolist()
         named = list(zip(annotations.classes, counts, strict=True))
-        notes.repair("class without any object:", [name for name, count in named if count == 0])
+        faults.note("class without any object:", [name for name, count in named if count == 0])
         few = [f"{name} ({count})" for name, count in named if 0 < count < FEW]
-        notes.repair(f"class of fewer than {FEW} objects:", few)
-    notes.repair("crowd (evaluation knows it, training leaves it out), ids", annotations.object_ids[annotations.crowd])
+        faults.note(f"class of fewer than {FEW} objects:", few)
+    faults.note("crowd (evaluation knows it, training leaves it out), ids", annotations.object_ids[annotations.crowd])
     if annotations.segments is not None:
         unmasked = annotations.object_ids[annotations.segments.empty() & ~annotations.crowd]
-        notes.repair("object without a mask (not trained for segm), annotation ids", unmasked)
-    notes.repair("file name beyond ASCII:", [name for name in annotations.file_names if not name.isascii()])
+        faults.note("object without a mask (not trained for segm), annotation ids", unmasked)
+    faults.note("file name beyond ASCII:", [name for name in annotations.file_names if not name.isascii()])
     if split == "val" and annotations.has("boxes"):
-        _note_limit(annotations, max_detections, notes)
-    return notes.found
+        _note_limit(annotations, max_detections, faults)
+    return faults
 
 
-def _note_limit(annotations: Annotations, limit: int, notes: Faults) -> None:
+def _note_limit(annotations: Annotations, limit: int, faults: Faults) -> None:
     """Say how high AP can become where images have more objects of a class than detections count."""
     owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.first))[~annotations.crowd]
     counts = np.zeros((len(annotations), len(annotations.classes)), dtype=np.int64)
@@ -177,7 +174,7 @@ def _note_limit(annotations: Annotations, limit: int, notes: Faults) -> None:
     totals = counts.sum(axis=0)
     recall = counts.clip(max=limit).sum(axis=0)[totals > 0] / totals[totals > 0]
     highest = 100 * np.mean((np.floor(recall * 100 + 1e-9) + 1) / 101)  # of COCO's 101 recalls, those that are reached
-    notes.repair(
+    faults.note(
         f"image with more than {limit} objects of a class, of which {limit} detections count: AP can reach "
         f"{highest:.1f}, recall {100 * recall.mean():.1f} (raise eval.max_detections, and the head's "
         "detections_per_image with it):",
