@@ -86,7 +86,7 @@ def evaluate_detector(
                 write_json(output_dir / name / "results.json", results)
                 write_json(output_dir / name / "metrics.json", {"weights": weights, **own})
                 branch.samples = sorted((s for _, samples in shares for s in samples), key=lambda s: s[0])
-                measured = "".join(f", {main} {own[main]:.1f}" for main in [branch.main_metric] if main in own)
+                measured = f", {main} {own[main]:.1f}" if (main := branch.main_metric) in own else ""
                 branch.write_pictures(output_dir / name, f"{name}{at}, {weights} weights{measured}")
     return from_rank0(metrics)
 
