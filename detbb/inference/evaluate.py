@@ -92,7 +92,7 @@ def evaluate_detector(
 
 
 def _all_finish(work: Callable[[], bool]) -> bool:
-    """Whether `work` says so on every rank. What it raises on one is raised on all: nobody waits for who left."""
+    """Whether `work()` is true on every rank. An error on one rank is raised on all, so that none waits for it."""
     finished, error = False, None
     with raise_on_all_ranks():
         try:

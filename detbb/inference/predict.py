@@ -110,7 +110,7 @@ def above(predictions: Predictions, threshold: float) -> Predictions:
 
 
 def find_images(inputs: Sequence[str | Path], output_dir: Path | None) -> Iterator[tuple[Path, Path]]:
-    """Files, and their names below their input folder; what lies in an `output_dir` inside a folder is no input."""
+    """Each file, and its name below its input folder. Files in an `output_dir` inside an input folder are left out."""
     made = None if output_dir is None else output_dir.resolve()
     for item in map(Path, inputs):
         if not item.is_dir():

@@ -117,7 +117,7 @@ def _look(source: DataConfig, annotations: Annotations, stats: np.ndarray, threa
 def _find_leaks(
     source: DataConfig, splits: Mapping[str, Annotations], stats: Mapping[str, np.ndarray], val: Findings
 ) -> None:
-    """Add the images of val that have the bytes of an image of train."""
+    """Add to `val` its images that have the bytes of an image of train."""
     sizes = {split: stats[split][: len(a), 0] for split, a in splits.items()}
     common = np.intersect1d(sizes["train"], sizes["val"])
     digests: dict[str, dict[int, bytes]] = {}
@@ -126,8 +126,7 @@ def _find_leaks(
         digests[split] = {index: digest for index in candidates if (digest := _digest(a.path(index))) is not None}
     of_train = {digest: index for index, digest in digests["train"].items()}
     leaked = {index: of_train[digest] for index, digest in digests["val"].items() if digest in of_train}
-    names = {split: a.file_names for split, a in splits.items()}
-    what = [f"{names['val'][i]} = {names['train'][k]}" for i, k in leaked.items()]
+    what = [f"{splits['val'].file_names[i]} = {splits['train'].file_names[k]}" for i, k in leaked.items()]
     faults = Faults("", strict=False)
     by_heart = len(leaked) == len(splits["val"])  # all of val is of train: nobody does that by accident
     if source.allow_leak or by_heart:

@@ -57,18 +57,16 @@ def write_repaired(config: Config, report: Report, folder: Path) -> Config:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--fix: {str(folder)!r} is there already; give a new folder, nothing is repaired in place")
-    if unread := [
-        f"{p}: {s.faults[0].first[0]}" for p, s in report.splits.items() if s.annotations is None and s.faults
-    ]:
-        raise UserError(f"--fix: cannot be repaired: {unread[0]}")
     for name, split in report.splits.items():
         refused, a = [fault for fault in split.faults if not fault.repaired], split.annotations
+        if a is None and split.faults:
+            raise UserError(f"--fix: cannot be repaired: {name}: {split.faults[0].first[0]}")
         if refused and a is not None and (not len(a) or (a.has("boxes") and not len(a.labels))):
             raise UserError(f"--fix: cannot be repaired: {name}: nothing would be left: {refused[0]}")
     repaired = copy.deepcopy(config)
     for found in report.splits.values():
         source, a = repaired.data[found.source], found.annotations
-        if a is None or find_format(source.format).generated:  # anew, where it is not there
+        if a is None or find_format(source.format).generated:  # the copy's user generates it again
             continue
         place = folder / found.source / found.split
         written = _write_semantic(found, a, place) if a.mask_files is not None else _write_coco(found, a, place)
@@ -99,10 +97,8 @@ def _write_semantic(found: Split, a: Annotations, place: Path) -> SplitConfig:
     assert a.mask_files is not None
     for index in sorted(set(range(len(a))) - found.bad):
         name = Path(a.file_names[index])
-        for file, copied in (
-            (a.path(index), place / "images" / name),
-            (Path(a.mask_files[index]), place / "masks" / name.with_suffix(".png")),
-        ):
+        masks = (Path(a.mask_files[index]), place / "masks" / name.with_suffix(".png"))
+        for file, copied in ((a.path(index), place / "images" / name), masks):
             copied.parent.mkdir(parents=True, exist_ok=True)
             if not copied.exists():  # a.jpg and a.png have one mask
                 shutil.copyfile(file, copied)  # a link would let edits of the copy reach the original

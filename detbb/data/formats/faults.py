@@ -31,7 +31,7 @@ class Faults:
         self.strict, self.skip_bad_images, self.allow_links = strict, skip_bad_images, allow_links
         self.found: list[Fault] = []
         self.notes: list[Fault] = []  # nothing to repair, good to know
-        self.of_images = False  # whether image files were looked at: what was read is not the file's alone
+        self.of_images = False  # whether image files were read, too: then the result is not the annotation file's alone
 
     def repair(self, kind: str, ids: Iterable[Any]) -> None:
         self._add(kind, ids, repaired=True)
