@@ -165,7 +165,7 @@ def build_detector(config: Config, classes: Mapping[str, Any] | None = None) -> 
         heads[name] = find_head(head_config.type)(head_config, spec)
     detector = Detector(backbone, neck, heads)
     detector.classes = lists
-    detector.sources = {n: h.data for n, h in config.heads.items() if n not in config.inherited_heads}
+    detector.sources = {name: head.data for name, head in config.own_heads.items()}
     detector.loss_weights = {n: h.loss_weight for n, h in config.heads.items()}
     detector.to(memory_format=torch.channels_last)
     if config.train.precision == "fp64":

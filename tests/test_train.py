@@ -175,7 +175,7 @@ def test_evaluation_on_or_off_learns_the_same_bits(tmp_path, images):
     ("fold", "says"),
     [
         ("off", r"backbone\.layer1\.0\.bn2\.running_mean.*is in train mode"),
-        ("auto", r"awake: backbone\.layer1\.0\.bn2 is in"),
+        ("auto", r"frozen but in train mode: backbone\.layer1\.0\.bn2;"),
     ],
 )
 def test_one_planted_bn_train_stops_the_run_and_names_the_norm(monkeypatch, tmp_path, images, fold, says):
@@ -365,10 +365,10 @@ def test_a_source_that_seldom_has_its_turn_is_waited_for():
     state = make_state(small_config(), small_detector(small_config()), [])
     run = SimpleNamespace(state=state, log=SimpleNamespace(info=said.append), journal=SimpleNamespace(add_finding=len))
     name = "backbone.conv1.weight"
-    run.no_gradient, run.turns = {name}, {"often": 39, "seldom": 9}
+    run.no_gradient, run.source_steps = {name}, {"often": 39, "seldom": 9}
     training.check_gradients(run, "often")
     assert run.no_gradient == {name} and not said
-    run.turns["often"] = 41
+    run.source_steps["often"] = 41
     training.check_gradients(run, "seldom")
     assert run.no_gradient == set()
     assert said == [f"WARNING: trained but without a gradient in the first 51 steps: {name}"]

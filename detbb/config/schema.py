@@ -362,3 +362,8 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def own_heads(self) -> dict[str, Any]:
+        """The heads of this run: all but the inherited ones."""
+        return {name: head for name, head in self.heads.items() if name not in self.inherited_heads}

@@ -64,18 +64,19 @@ class RunLog:
         """Since the log was opened, as hours:minutes:seconds."""
         return str(timedelta(seconds=round(time.monotonic() - self._began)))
 
-    def info(self, content: RenderableType) -> None:
-        """A line (or a few) on the terminal, and in log.txt with the time before it; or a table, without the time."""
+    def info(self, *contents: RenderableType) -> None:
+        """Lines on the terminal, and in log.txt with the time before each; or tables, without the time."""
         if self._text is None:
             return
-        shown = Text(content) if isinstance(content, str) else content  # not markup: names may hold brackets
-        line = isinstance(shown, Text)
-        self._console.print(shown, highlight=False, soft_wrap=line)
-        with writing(self._folder / "log.txt"):
-            if line:
-                self._plain.print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  ", end="", highlight=False)
-            self._plain.print(shown, highlight=False, soft_wrap=line)
-            self._text.flush()
+        for content in contents:
+            shown = Text(content) if isinstance(content, str) else content  # not markup: names may hold brackets
+            line = isinstance(shown, Text)
+            self._console.print(shown, highlight=False, soft_wrap=line)
+            with writing(self._folder / "log.txt"):
+                if line:
+                    self._plain.print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  ", end="", highlight=False)
+                self._plain.print(shown, highlight=False, soft_wrap=line)
+                self._text.flush()
 
     def progress(
         self, step: int, total: int, *, losses: Mapping[str, float], images: int, step_s: float, data_s: float

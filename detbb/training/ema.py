@@ -2,8 +2,7 @@
 
 e += (1 - d) (w - e) by `torch._foreach_lerp_`: exact where e equals w, unlike d e + (1 - d) w, which drifts by
 rounding. A frozen tensor is never stored: its average is the tensor. Averages are kept in fp32 at least (a bf16 one
-would stand still at d = 0.999). BN running statistics that move are averaged like weights, with the same decay; integer
-buffers are not stored either: a view reads the live ones.
+would not move at d = 0.999). BN running statistics that move are averaged like weights. Integer buffers are not stored.
 """
 
 from __future__ import annotations
@@ -43,29 +42,27 @@ class Ema:
         self.follow()
 
     def follow(self) -> None:
-        """Average exactly what the module trains now; call it whenever that changes, or where the module is.
+        """Average exactly what the module trains now; call it after freezing, and after a move to another device.
 
-        Newly trained tensors start from their value, newly frozen ones are dropped (their average is the tensor from
-        here on), and the update counter goes on.
+        Newly trained tensors start from their value, newly frozen ones are dropped (their average is the tensor), and
+        the update counter goes on.
         """
         state = self.module.state_dict()
         self._owners = _owners(self.module)
         self.tensors = {
-            name: self.tensors[name].to(state[name].device) if name in self.tensors else _start(state[name])
+            name: self.tensors[name].to(state[name].device) if name in self.tensors else _first_average(state[name])
             for name in averaged_names(self.module)
         }
 
     def decay_at(self, update: int) -> float:
         """The decay of update number `update` (from 1): d (1 - exp(-update / warmup_steps))."""
-        if self.warmup_steps == 0:
-            return self.decay
-        return self.decay * (1 - math.exp(-update / self.warmup_steps))
+        return self.decay * (1 - math.exp(-update / self.warmup_steps) if self.warmup_steps else 1)
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the live tensors; once per optimizer step that was taken."""
         self.updates += 1
-        # Read by owner and name, since `.to()` and assignments replace tensors.
+        # Read from the modules each time, since `.to()` and assignments replace tensors.
         owned = [(*self._owners[name], average.dtype) for name, average in self.tensors.items()]
         live = [getattr(owner, own).to(dtype) for owner, own, dtype in owned]
         if live:
@@ -75,7 +72,7 @@ class Ema:
         return {"updates": self.updates, "tensors": dict(self.tensors)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take saved averages, from any device. They go on as they were; `follow` makes them what is trained now.
+        """Take saved averages, from any device; call `follow` if other tensors are trained now.
 
         Raises: UserError: the module has no such tensors.
         """
@@ -98,5 +95,5 @@ def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
-def _start(tensor: Tensor) -> Tensor:
+def _first_average(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)

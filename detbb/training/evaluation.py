@@ -19,9 +19,8 @@ def evaluate_run(run: Run) -> None:
         metrics = evaluate_detector(
             seen, heads, config=run.config, output_dir=output, weights=weights, step=run.step, stop=run.stop
         )
-        if signal := max(all_gather_objects(run.stop())):  # --resume makes up for this evaluation
-            if run.saved != run.step:
-                save_checkpoint(run)
+        if signal := max(all_gather_objects(run.stop())):  # --resume evaluates this step again
+            save_checkpoint(run)
             raise run.stopped(signal)
         if not second:
             run.metrics = metrics
@@ -36,7 +35,7 @@ def follow_best(run: Run) -> None:
     name = run.best_metric()
     improved = run.metrics.get(name, float("-inf")) > run.best
     unknown = run.config.eval.best is not None and name not in run.metrics
-    if (improved or unknown) and run.saved != run.step:
+    if improved or unknown:
         save_checkpoint(run)
     with raise_on_all_ranks():
         if unknown:

@@ -31,7 +31,7 @@ from detbb.distributed.processes import processes
 from detbb.feature_cache import setup as cache_setup
 from detbb.feature_cache.cache import FeatureCache
 from detbb.feature_cache.frozen_prefix import FrozenPrefix, compiled, last_frozen
-from detbb.freeze import digests
+from detbb.freeze import digests, trained_names
 from detbb.report import freeze_report as report
 from detbb.report import overview
 from detbb.report.tables import summary_table
@@ -96,22 +96,19 @@ def start_phase(run: Run, phase: Phase) -> None:
     prefix = FrozenPrefix(detector, config.train, log=run.log.info) if last_frozen(detector) else None
     steps = phase.end - run.step
     state.prefix, lines = cache_setup.with_cache(prefix, config, detector, data=run.train_data, steps=steps)
-    for line in lines:
-        run.log.info(line)
-    detector.compiled = (
-        compiled(detector.forward_from, "what is trained", run.log.info) if config.train.compile else None
-    )
+    run.log.info(*lines)
+    detector.compiled = None
+    if config.train.compile:
+        detector.compiled = compiled(detector.forward_from, "what is trained", run.log.info)
     run.digests = digests(detector)
-    run.no_gradient = {name for name, parameter in detector.named_parameters() if parameter.requires_grad}
-    run.turns = dict.fromkeys(phase.sources, 0)
+    run.no_gradient = set(trained_names(detector))
+    run.source_steps = dict.fromkeys(phase.sources, 0)
     averaged = list(state.ema.tensors) if state.ema is not None else []
     schedule = find_schedule(config.schedule.type)  # without warm-up: the rate that a person asked for
     lr = config.optimizer.lr * schedule(phase.start, config.schedule, run.steps)
     rows = report.rows(detector, state.optimizer, lr=lr, averaged=averaged)
     notes = report.findings(detector, phase)
-    run.log.info(report.PhaseTable(phase, rows))
-    for note in notes:
-        run.log.info(f"WARNING: {note}")
+    run.log.info(report.PhaseTable(phase, rows), *(f"WARNING: {note}" for note in notes))
     if run.step == phase.start:  # not again where a phase is resumed
         run.log.text("freeze", report.markdown(phase, rows, notes), run.step)
     if rank() == 0:
@@ -140,13 +137,13 @@ def step_batches(run: Run, phase: Phase) -> Generator[tuple[list[Batch], float]]
 
 def check_gradients(run: Run, source: str) -> None:
     """Say once which trained parameters had no gradient in the first steps, when each source had ten."""
-    run.turns[source] += 1
+    run.source_steps[source] += 1
     if run.no_gradient:
         parameters = run.state.detector.named_parameters()
         run.no_gradient = {n for n, p in parameters if n in run.no_gradient and p.grad is None}
-    if run.no_gradient and min(run.turns.values()) >= 10:
+    if run.no_gradient and min(run.source_steps.values()) >= 10:
         names = ", ".join(sorted(run.no_gradient))
-        note = f"trained but without a gradient in the first {sum(run.turns.values())} steps: {names}"
+        note = f"trained but without a gradient in the first {sum(run.source_steps.values())} steps: {names}"
         run.log.info(f"WARNING: {note}")
         if rank() == 0:
             run.journal.add_finding(note)
@@ -160,8 +157,7 @@ def log_step(run: Run, result: StepResult, *, lr: float, step_s: float, data_s: 
         run.bad_images.add(path)
         run.log.info(f"WARNING: left out an image that cannot be read ({len(run.bad_images)} so far): {path}")
     if isinstance(run.state.prefix, FeatureCache):
-        for line in run.state.prefix.new_messages():
-            run.log.info(line)
+        run.log.info(*run.state.prefix.new_messages())
     if result.skipped:
         run.log.info(f"WARNING: step {run.step} was skipped: a loss or gradient was not finite")
     if run.due(run.config.log.every):
@@ -173,13 +169,10 @@ def log_step(run: Run, result: StepResult, *, lr: float, step_s: float, data_s: 
 
 def finish(run: Run) -> None:
     """The table at the end, what the run left untouched, what to do next, and where everything is."""
-    for table in summary_table(run.metrics, title=f"step {run.step}"):
-        run.log.info(table)
+    run.log.info(*summary_table(run.metrics, title=f"step {run.step}"))
     if rank() == 0:
-        proofs = run.journal.unchanged(run.state.detector)
-        for line in [*proofs, *overview.closing(run.config, run.steps, run.log.elapsed, best=run.best_metric())]:
-            run.log.info(line)
+        run.log.info(*run.journal.unchanged(run.state.detector))
+        run.log.info(*overview.closing(run.config, run.steps, run.log.elapsed, best=run.best_metric()))
     checkpoints, evaluated = ("checkpoints/last.pt", "checkpoints/best.pt"), f"eval/step_{run.step:07d}"
-    for name in (*checkpoints, evaluated, "freeze.json", "metrics.jsonl", "tb"):
-        if (run.folder / name).exists():
-            run.log.info(f"{run.folder / name}")
+    paths = [run.folder / name for name in (*checkpoints, evaluated, "freeze.json", "metrics.jsonl", "tb")]
+    run.log.info(*(str(path) for path in paths if path.exists()))

@@ -23,7 +23,7 @@ Groups = list[dict[str, Any]]
 def _sgd(groups: Groups, config: OptimizerConfig, *, fused: bool) -> torch.optim.Optimizer:
     sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
     if config.momentum:
-        # The first step makes the buffer equal the gradient, as from zeros; the fused kernel wants all or none.
+        # Zeros give the same first step as no buffer; the fused kernel needs buffers for all parameters or none.
         sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for g in sgd.param_groups for p in g["params"]})
     return sgd
 
@@ -57,9 +57,7 @@ def lr_factor(step: int, schedule: ScheduleConfig, total_steps: int) -> float:
 
     Warm-up rises linearly from 1/1000 to 1 over `warmup_steps` and multiplies the rest.
     """
-    warm = 1.0
-    if step < schedule.warmup_steps:
-        warm = 1e-3 + (1 - 1e-3) * step / schedule.warmup_steps
+    warm = 1e-3 + (1 - 1e-3) * step / schedule.warmup_steps if step < schedule.warmup_steps else 1.0
     return warm * find_schedule(schedule.type)(step, schedule, total_steps)
 
 
@@ -75,12 +73,12 @@ def lr_by_name(detector: nn.Module, lr_mult: Mapping[str, float]) -> dict[str, f
 
 
 def decay_by_name(detector: nn.Module, config: OptimizerConfig) -> dict[str, float]:
-    """Weight decay of every parameter: norms, biases and single numbers take `norm_weight_decay`, by module type."""
+    """Weight decay by parameter: `norm_weight_decay` for those of norms, biases and vectors, else `weight_decay`."""
     decays: dict[str, float] = {}
     for prefix, module in detector.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            plain = is_norm(module) or name == "bias" or parameter.ndim < 2
-            decays[f"{prefix}.{name}"] = config.norm_weight_decay if plain else config.weight_decay
+            norm_like = is_norm(module) or name == "bias" or parameter.ndim < 2
+            decays[f"{prefix}.{name}"] = config.norm_weight_decay if norm_like else config.weight_decay
     return decays
 
 
@@ -95,11 +93,6 @@ def build_optimizer(detector: nn.Module, config: OptimizerConfig, *, fused: bool
             group["params"].append(parameter)
             group["names"].append(name)
     return find_optimizer(config.type)(list(groups.values()), config, fused=fused)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_mult"]
 
 
 def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:

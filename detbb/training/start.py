@@ -25,7 +25,7 @@ from detbb.data.doctor.examine import examine
 from detbb.data.loader import train_loader
 from detbb.data.workers import shared_memory_warning
 from detbb.detector import Detector, build_detector
-from detbb.distributed.collectives import all_gather_objects, raise_on_all_ranks, rank, world_size
+from detbb.distributed.collectives import all_gather_objects, error_on_all_ranks, raise_on_all_ranks, rank, world_size
 from detbb.feature_cache import setup as cache_setup
 from detbb.freeze import digest, tensors_of
 from detbb.heads import find_head
@@ -79,13 +79,10 @@ def start_run(config: Config, resume: str | None, device: torch.device, stop: St
     checkpoint_folder = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
     with raise_on_all_ranks():
         journal = FreezeJournal(folder / "freeze.json", resumed=start.checkpoint is not None)
-    with raise_on_all_ranks():
         if rank() == 0:
             start.notes += claim_run_folder(config, start, checkpoint_folder, lock)
     detector.to(device)
-    ema = None
-    if config.ema is not None:
-        ema = Ema(detector, decay=config.ema.decay, warmup_steps=config.ema.warmup_steps)
+    ema = Ema(detector, decay=config.ema.decay, warmup_steps=config.ema.warmup_steps) if config.ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     state = TrainState(detector, ema, config.train, device, scaler)
     epoch_steps = overview.images_per_epoch(config, train_data) / config.train.batch_size
@@ -94,9 +91,8 @@ def start_run(config: Config, resume: str | None, device: torch.device, stop: St
     if start.checkpoint is not None:
         restore(run, start.checkpoint)
     best = run.best_metric()
-    opening = overview.opening(config, train_data, val_data, steps=run.steps, device=device, best=best)
-    for line in [*opening, *start.notes, *advice(config, detector)]:
-        run.log.info(line)
+    log.info(*overview.opening(config, train_data, val_data, steps=run.steps, device=device, best=best))
+    log.info(*start.notes, *advice(config, detector))
     return run
 
 
@@ -104,25 +100,24 @@ def start_run(config: Config, resume: str | None, device: torch.device, stop: St
 
 
 def find_start(config: Config, resume: str | None, lock: FolderLock) -> ResumePoint:
-    """Where the run starts, in a folder that can be written: `resume` is None, `auto`, or a checkpoint file.
+    """Where the run starts. resume: as in `train`.
 
-    Raises: UserError: the folder holds a run and `resume` is None, or it is another process's; it or the named
-    checkpoint cannot be used.
+    Raises: UserError: the folder holds a run and `resume` is None, another process trains in it, or it cannot be
+    written; or a checkpoint cannot be used.
     """
     folder, notes = Path(config.output_dir), []
     with raise_on_all_ranks():
         check_folder(folder)
         if resume is not None and rank() == 0 and folder.is_dir():
-            notes = lock.take(folder)  # before what may change is read
+            notes = lock.take(folder)  # first, as another run may still change what is read next
     with raise_on_all_ranks():
         start = _find_start(config, resume)
     start.notes += notes
-    with raise_on_all_ranks():
-        if len(steps := set(all_gather_objects(start.step))) > 1:
-            raise UserError(
-                f"output_dir: the processes find checkpoints of steps {sorted(steps)} in {config.output_dir!r}; "
-                "it must be one folder that all of them share"
-            )
+    if len(steps := set(all_gather_objects(start.step))) > 1:
+        raise error_on_all_ranks(
+            f"output_dir: the processes find checkpoints of steps {sorted(steps)} in {config.output_dir!r}; "
+            "it must be one folder that all of them share"
+        )
     return start
 
 
@@ -153,9 +148,9 @@ def _holds_a_run(config: Config) -> UserError:
 
 
 def check_resume(config: Config, checkpoint: dict[str, Any], train: Data, *, steps: int) -> list[str]:
-    """Lines about what differs from what the checkpoint was trained with.
+    """Lines about what differs from the checkpoint's training. steps: of the whole run.
 
-    steps: of the whole run. Raises: UserError: it cannot go on with this config.
+    Raises: UserError: it cannot go on with this config.
     """
     if (was := checkpoint["optimizer"]["type"]) != (optimizer := config.optimizer.type):
         raise UserError(
@@ -168,9 +163,7 @@ def check_resume(config: Config, checkpoint: dict[str, Any], train: Data, *, ste
     model, known = checkpoint["model"], checkpoint["frozen"]["digests"]
     if wrong := [name for name in known if name not in model or digest(model[name]) != known[name]]:
         raise UserError(f"--resume: the checkpoint contradicts its own digests: {some(wrong)}")
-    lines = []
-    if step == steps:
-        lines.append(f"complete: step {step} of {steps}; raise train.steps to go on")
+    lines = [f"complete: step {step} of {steps}; raise train.steps to go on"] if step == steps else []
     data = checkpoint["data"]
     order = {f"data.{n}.train": (data["images"].get(n), len(a)) for n, a in train.items()}
     order["train.batch_size"] = (data["batch_size"], config.train.batch_size)
@@ -192,22 +185,22 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 # ---- the data ----
 
 
-def needs_by_source(config: Config, heads: Collection[str] | None = None) -> dict[str, frozenset[str]]:
-    """Which annotations these heads (default: all but the inherited ones) learn from, by data source."""
-    needs: dict[str, set[str]] = {}
-    for name, head in config.heads.items():
-        if name in heads if heads is not None else name not in config.inherited_heads:
-            needs.setdefault(head.data, set()).add(find_head(head.type).needs)
-    return {source: frozenset(kinds) for source, kinds in needs.items()}
+def needs_by_source(config: Config, heads: Collection[str]) -> dict[str, frozenset[str]]:
+    """Which annotations these heads learn from, by data source."""
+    needs: dict[str, frozenset[str]] = {}
+    for name in heads:
+        head = config.heads[name]
+        needs[head.data] = needs.get(head.data, frozenset()) | {find_head(head.type).needs}
+    return needs
 
 
 def read_sources(config: Config) -> tuple[Data, Data]:
     """The train and val annotations of every data source in use.
 
-    Rank 0 reads first: generated sets are written once, and one process looks at the files. Raises: UserError: all that
-    is refused in the data, or a head needs what its source does not hold.
+    Rank 0 reads first: it alone writes generated sets and looks at the image files. Raises: UserError: all faults that
+    are refused in the data, or a head needs what its source does not hold.
     """
-    heads = {name: head for name, head in config.heads.items() if name not in config.inherited_heads}
+    heads = config.own_heads
     with raise_on_all_ranks(rank0_first=True):
         sources = {head.data: config.data[head.data] for head in heads.values()}
         report = examine(sources, files=rank() == 0, max_detections=config.eval.max_detections)
@@ -216,9 +209,8 @@ def read_sources(config: Config) -> tuple[Data, Data]:
         for name, head in heads.items():
             need = find_head(head.type).needs
             if head.data not in train:
-                raise UserError(
-                    f"data.{head.data}.train: names no images and annotations, so there is nothing to train on"
-                )
+                where = f"data.{head.data}.train"
+                raise UserError(f"{where}: names no images and annotations, so there is nothing to train on")
             for split, data in (("train", train), ("val", val)):
                 if head.data in data and not data[head.data].has(need):
                     raise UserError(f"heads.{name}: needs {need}, which data.{head.data}.{split} does not hold")
@@ -226,8 +218,8 @@ def read_sources(config: Config) -> tuple[Data, Data]:
 
 
 def check_data(detector: Detector, config: Config, splits: list[Data]) -> None:
-    """Let every reader be built, and every head look at its data, before step 0. Raises: UserError."""
-    train_loader(splits[0], config, needs=needs_by_source(config), start_step=0, end_step=0)
+    """Build every reader and let every head look at its data, before step 0. Raises: UserError."""
+    train_loader(splits[0], config, needs=needs_by_source(config, config.own_heads), start_step=0, end_step=0)
     for name, source in detector.sources.items():
         for split in splits:
             if source in split:
@@ -239,9 +231,9 @@ def check_data(detector: Detector, config: Config, splits: list[Data]) -> None:
 
 def repairs(train: Data, val: Data) -> list[str]:
     """Lines about faults of the data that were repaired, and what is good to know about it."""
-    splits = [*((f"data.{n}.train", a) for n, a in train.items()), *((f"data.{n}.val", a) for n, a in val.items())]
-    lines = [f"WARNING: {where}: {fault}" for where, annotations in splits for fault in annotations.faults]
-    return lines + [f"{where}: {note}" for where, annotations in splits for note in annotations.notes]
+    splits = {f"data.{n}.{split}": a for split, data in (("train", train), ("val", val)) for n, a in data.items()}
+    lines = [f"WARNING: {where}: {fault}" for where, annotations in splits.items() for fault in annotations.faults]
+    return lines + [f"{where}: {note}" for where, annotations in splits.items() for note in annotations.notes]
 
 
 def total_steps(config: Config, train: Data) -> int:
@@ -272,7 +264,7 @@ def start_detector(config: Config, start: ResumePoint, train: Data) -> tuple[Det
     given = start.checkpoint
     if given is None and config.init_from is not None:
         given = checkpoints.open_checkpoint(config.init_from, key="init_from")
-    classes = {n: ClassList.of_data(train[h.data]) for n, h in config.heads.items() if n not in config.inherited_heads}
+    classes = {name: ClassList.of_data(train[head.data]) for name, head in config.own_heads.items()}
     if given is not None:  # what a resumed run did not inherit is no head of it: `_check_fit` refuses it
         only = None if start.checkpoint is None else given["config"]["inherited_heads"]
         classes |= checkpoints.add_inherited_heads(config, given, only=only)
@@ -314,17 +306,17 @@ def _check_fit(detector: Detector, checkpoint: dict[str, Any]) -> None:
 
 
 def plan_sources(phases: list[Phase], detector: Detector) -> list[Phase]:
-    """The phases with the data sources that something learns from.
+    """The phases with the data sources of their active heads.
 
     Raises: UserError: a phase freezes what is no submodule, or everything.
     """
     planned = []
     for phase in phases:
-        learning = detector.active_heads(frozen=phase.freeze)
-        if not learning:
+        active = detector.active_heads(frozen=phase.freeze)
+        if not active:
             names = ", ".join(phase.freeze)
             raise UserError(f"freeze: phase {phase.index} freezes everything ({names}); nothing would learn")
-        planned.append(replace(phase, sources=tuple(dict.fromkeys(detector.sources[name] for name in learning))))
+        planned.append(replace(phase, sources=tuple(dict.fromkeys(detector.sources[name] for name in active))))
     return planned
 
 
@@ -337,7 +329,7 @@ def refuse_random(config: Config, phases: list[Phase], detector: Detector, rando
     allowed |= {f"heads.{name}": head.allow_random for name, head in config.heads.items()}
     warnings = []
     for name in dict.fromkeys(n for phase in phases for n in phase.freeze):
-        part = ".".join(name.split(".")[:2]) if name.startswith("heads.") else name.split(".")[0]
+        part = ".".join(name.split(".")[: 2 if name.startswith("heads.") else 1])
         if allowed.get(part, False) or not random & tensors_of(detector, name):
             continue
         if all(any(f"{name}.".startswith(f"{frozen}.") for frozen in phase.freeze) for phase in phases):
@@ -370,9 +362,9 @@ def advice(config: Config, detector: Detector) -> list[str]:
 
 
 def claim_run_folder(config: Config, start: ResumePoint, folder: CheckpointFolder, lock: FolderLock) -> list[str]:
-    """Make the folder this run's own: the first change in it but the lock, on rank 0.
+    """Make the folder this run's, on rank 0, and give lines about what was set aside.
 
-    Gives lines about what was set aside. Raises: UserError: another start was faster.
+    Nothing in it but the lock was changed before. Raises: UserError: another start was faster.
     """
     output_dir = Path(config.output_dir)
     with writing(output_dir):
@@ -385,6 +377,7 @@ def claim_run_folder(config: Config, start: ResumePoint, folder: CheckpointFolde
             raise _holds_a_run(config) from None
     else:
         lines += remove_leftovers(output_dir)
-        lines += folder.make_newest(start.path, start.step) if start.path is not None else []
+        if start.path is not None:
+            lines += folder.make_newest(start.path, start.step)
     save_config(config, output_dir / "config.yaml")
     return lines

@@ -45,7 +45,7 @@ class Run:
     saved: int = -1  # the step of the newest checkpoint
     digests: dict[str, str] = field(default_factory=dict)  # of what this phase freezes
     no_gradient: set[str] = field(default_factory=set)  # parameters of this phase that had none so far
-    turns: dict[str, int] = field(default_factory=dict)  # steps of this phase by data source
+    source_steps: dict[str, int] = field(default_factory=dict)  # steps of this phase by data source
     losses: dict[str, float] = field(default_factory=dict)  # as last logged
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     evaluated: set[tuple[int, str]] = field(default_factory=set)  # step and weights of what metrics.jsonl holds
@@ -64,8 +64,8 @@ class Run:
         return self.config.optimizer.lr * optim.lr_factor(step, self.config.schedule, self.steps)
 
     def evaluated_heads(self) -> dict[str, Annotations]:
-        """The heads that this run evaluates, with their val split; inherited ones are not its business."""
-        heads = {name: head for name, head in self.config.heads.items() if name not in self.config.inherited_heads}
+        """The heads that this run evaluates, with their val split: its own ones that have one."""
+        heads = self.config.own_heads
         return {name: self.val_data[head.data] for name, head in heads.items() if head.data in self.val_data}
 
     def evaluated_weights(self) -> list[str]:
@@ -102,7 +102,7 @@ def saved_while_waiting(run: Run) -> Iterator[None]:
     try:
         yield
     except StoppedWaiting as stopped:
-        if world_size() == 1 and run.saved != run.step > 0:
+        if world_size() == 1 and run.step > 0:
             save_checkpoint(run)
         raise run.stopped(stopped.signal) from None
 
@@ -132,7 +132,7 @@ def capture(run: Run) -> dict[str, Any]:
 
 
 def restore(run: Run, checkpoint: dict[str, Any]) -> None:
-    """The way back. Everything else follows from the config, the data and the step, or is in metrics.jsonl."""
+    """Bring back what `capture` saved. The rest follows from config, data and step, or is in metrics.jsonl."""
     state = run.state
     run.step = run.saved = checkpoint["step"]
     state.detector.load_state_dict(checkpoint["model"])
@@ -150,7 +150,12 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Verify what is frozen and that all is finite; then rank 0 writes a checkpoint, and all know if it cannot."""
+    """Write a checkpoint of this step, if there is none, once what is frozen is verified and all is finite.
+
+    Every rank calls it; rank 0 writes, and its UserError is raised on all.
+    """
+    if run.saved == run.step:
+        return
     if (difference := run.state.statistics_difference()) > 0:
         run.log.info(f"running statistics are averaged over ranks; their largest difference was {difference:.3g}")
     verify(run)
@@ -158,8 +163,7 @@ def save_checkpoint(run: Run) -> None:
     with raise_on_all_ranks():
         if rank() == 0:
             run.log.sync()  # a resumed run trusts the log up to the checkpoint's step
-            for line in run.checkpoints.save(capture(run)):
-                run.log.info(line)
+            run.log.info(*run.checkpoints.save(capture(run)))
     run.saved = run.step
 
 
@@ -173,11 +177,11 @@ def verify(run: Run) -> None:
     if names := changed(detector, run.digests):
         fault = explain(detector, names)
     elif norms := frozen_in_train_mode(detector):
-        fault = f"frozen but awake: {some(norms)} is in train mode: something called .train() on it"
-    found = [(r, text) for r, text in enumerate(all_gather_objects(fault)) if text]
-    if found:
-        where = "" if world_size() == 1 else f"rank {found[0][0]}: "
-        raise FrozenTensorChanged(f"step {run.step}: {where}{found[0][1]}")
+        fault = f"frozen but in train mode: {some(norms)}; something called .train() on it"
+    for number, found in enumerate(all_gather_objects(fault)):
+        if found:
+            where = "" if world_size() == 1 else f"rank {number}: "
+            raise FrozenTensorChanged(f"step {run.step}: {where}{found}")
     if rank() == 0:
         run.journal.verified(run.step)
 

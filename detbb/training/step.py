@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class NonFinite(RunFailed):
 
 @dataclass
 class TrainState:
-    """What learns: the detector, its average and its optimizer. Everything else is a function of the step."""
+    """What training changes: the detector, its average and its optimizer. The rest follows from the step."""
 
     detector: Detector
     ema: Ema | None
@@ -48,7 +48,7 @@ class TrainState:
     prefix: Callable[[Batch], Batch] | None = None  # computes what is frozen; the detector goes on from there
     optimizer_state: dict[str, dict[str, Any]] = field(default_factory=dict)  # by parameter name, for the next `freeze`
     skipped_in_row: int = 0
-    _difference: Tensor | None = None
+    _difference: Tensor | None = None  # see `statistics_difference`
 
     def freeze(self, names: Sequence[str], config: OptimizerConfig) -> None:
         """Freeze exactly these submodules, everywhere; what goes on being trained keeps its momentum and average."""
@@ -57,7 +57,7 @@ class TrainState:
         self.detector.freeze(names).train()
         self.optimizer = optim.build_optimizer(self.detector, config, fused=self.config.precision != "fp16")
         optim.load_state_by_name(self.optimizer, self.optimizer_state)
-        self.optimizer_state = {}  # lets go of the tensors of before
+        self.optimizer_state = {}  # frees the tensors of the phase before
         if self.ema is not None:
             self.ema.follow()
         self.model = wrap(self.detector)
@@ -68,7 +68,7 @@ class TrainState:
         return 0.0 if seen is None else float(maximum(seen))
 
     def share_statistics(self) -> None:
-        """Average moving statistics over ranks, at every step: so no rank holds a state that could be lost."""
+        """Average moving statistics over ranks, at every step, so that a checkpoint of rank 0 holds them all."""
         difference = average_statistics(self.detector)
         if difference is not None:
             self._difference = difference if self._difference is None else torch.maximum(self._difference, difference)
@@ -94,9 +94,11 @@ def train_step(
     stop: gives the signal that this process received so far, or 0. folder: where an offending batch is saved.
     Raises: NonFinite: on all ranks together.
     """
-    may_skip = state.config.on_nonfinite == "skip" or state.scaler.is_enabled()
-    statistics = _moving_statistics(state.detector) if may_skip else []
-    optim.set_lr(state.optimizer, lr)
+    statistics = []
+    if state.config.on_nonfinite == "skip" or state.scaler.is_enabled():
+        statistics = [(b, b.clone()) for _, norm in moving_norms(state.detector) for b in norm.buffers(recurse=False)]
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group["lr_mult"]
     state.optimizer.zero_grad(set_to_none=True)
     trained = state.detector.trainable_parameters()
     losses, used = _backward(state, batches, trained)
@@ -105,7 +107,7 @@ def train_step(
     gradients = [p.grad for p in trained if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     loss_ok = torch.stack(list(losses.values())).isfinite().all()
-    # The one synchronisation of a step: all ranks learn whether anything is not finite, whether anybody must stop or
+    # The one synchronisation of a step tells all ranks whether anything is not finite, whether any rank must stop or
     # left out an image, and which parameters the losses of any rank depend on.
     noted, flags = [stop(), len(bad_images)], torch.stack([~loss_ok, ~norm.isfinite()]).float()
     if world_size() > 1:
@@ -119,32 +121,34 @@ def train_step(
     if world_size() > 1:
         for parameter, anywhere in zip(trained, seen, strict=True):
             if not anywhere:
-                parameter.grad = None  # the zero was for DDP; momentum and decay must not see it
+                parameter.grad = None  # a zero, for DDP alone, would let momentum and decay move it
     if not result.skipped:
         _update(state, gradients, norm)
         return result
     for buffer, before in statistics:
         buffer.copy_(before)
     state.scaler.update()
-    # fp16 finds its scale by overflowing gradients now and then; what overflows without any scale is not finite
+    # fp16 finds its scale by letting gradients overflow; those that overflow at a scale below 1 are not finite
     if bad_loss or not state.scaler.is_enabled() or state.scaler.get_scale() < 1:
         _refuse(state, batches, losses, folder=folder, step=step)
     return result
 
 
 def _backward(state: TrainState, batches: list[Batch], trained: list[nn.Parameter]) -> tuple[dict[str, Tensor], Tensor]:
-    """Leave gradients; the mean losses of the batches, and which `trained` ones (1, else 0) they depend on.
+    """The mean losses of the batches, and 1 for each of `trained` they depend on (only on several processes).
 
-    The latter only on several processes.
+    The gradients are left in the parameters.
     """
     means: dict[str, Tensor] = {}
+    precision = state.config.precision
     used = torch.zeros(len(trained), device=state.device)
     for index, batch in enumerate(batches):
         batch = batch.to(state.device)
         if state.prefix is not None:
             batch = state.prefix(batch)
-        with _reduced_once(state.model, last=index == len(batches) - 1):
-            with torch.autocast(state.device.type, *_autocast(state.config)):
+        waits = index < len(batches) - 1  # DDP reduces gradients in the last backward pass of a step
+        with state.model.no_sync() if waits and isinstance(state.model, DistributedDataParallel) else nullcontext():
+            with torch.autocast(state.device.type, AUTOCAST.get(precision), precision in AUTOCAST):
                 losses = state.model(batch)
             total = torch.stack([v.to(torch.promote_types(v.dtype, torch.float32)) for v in losses.values()]).sum()
             if world_size() > 1:
@@ -156,16 +160,11 @@ def _backward(state: TrainState, batches: list[Batch], trained: list[nn.Paramete
     return means, used
 
 
-def _reduced_once(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """DDP reduces gradients in the last of a step's backward passes."""
-    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
-
-
 def _with_all(total: Tensor, trained: list[nn.Parameter]) -> tuple[Tensor, list[bool]]:
-    """`total` with a gradient for every trained parameter, and which of them it depends on by itself.
+    """`total` with a gradient for every trained parameter, and which of them it depended on before.
 
-    DDP waits for every parameter, so those that this rank's losses do not depend on join with a gradient of zero.
-    (Its find_unused_parameters does all this, too, but warns in every run that leaves nothing unused.)
+    DDP waits for every parameter, so those that this rank's losses do not depend on get a gradient of zero.
+    (DDP's find_unused_parameters does the same, but warns in every run that leaves nothing unused.)
     """
     ends: set[int] = set()
     todo, seen = [total.grad_fn], set()
@@ -180,10 +179,6 @@ def _with_all(total: Tensor, trained: list[nn.Parameter]) -> tuple[Tensor, list[
     return (total + torch.stack(absent).sum() * 0 if absent else total), used
 
 
-def _autocast(config: TrainConfig) -> tuple[torch.dtype | None, bool]:
-    return AUTOCAST.get(config.precision), config.precision in AUTOCAST
-
-
 def _update(state: TrainState, gradients: list[Tensor], norm: Tensor) -> None:
     if state.config.grad_clip is not None:
         torch._foreach_mul_(gradients, (state.config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
@@ -195,17 +190,17 @@ def _update(state: TrainState, gradients: list[Tensor], norm: Tensor) -> None:
         state.ema.update()
 
 
-def _refuse(state: TrainState, batches: list[Batch], sums: dict[str, Tensor], *, folder: Path, step: int) -> None:
-    """Keep the batch and stop, or count a skipped step."""
+def _refuse(state: TrainState, batches: list[Batch], losses: dict[str, Tensor], *, folder: Path, step: int) -> None:
+    """Save the batch and raise NonFinite, or count a skipped step."""
     state.optimizer.zero_grad(set_to_none=True)
     state.skipped_in_row += 1
-    terms = {name: float(value) for name, value in sums.items()}
+    terms = {name: float(value) for name, value in losses.items()}
     images = [t.image_id for b in batches for t in b.targets]
     everyone = all_gather_objects((terms, images))
     if state.config.on_nonfinite == "skip" and state.skipped_in_row <= state.config.max_skipped:
         return
     blamed = [r for r, (t, _) in enumerate(everyone) if not all(map(math.isfinite, t.values()))]
-    if not blamed and world_size() > 1:  # DDP has spread the gradients: they are computed again, by each rank alone
+    if not blamed and world_size() > 1:  # DDP has averaged the gradients: each rank computes its own again
         finite = all_gather_objects(_own_gradient_is_finite(state, batches))
         blamed = [r for r, is_finite in enumerate(finite) if not is_finite]
     everybody = "" if blamed or world_size() == 1 else "on all ranks: "
@@ -222,7 +217,7 @@ def _refuse(state: TrainState, batches: list[Batch], sums: dict[str, Tensor], *,
 
 
 def _own_gradient_is_finite(state: TrainState, batches: list[Batch]) -> bool:
-    """Whether the gradient of this rank's batches alone is finite; every rank calls it, and none learns from it."""
+    """Whether the gradient of this rank's batches alone is finite; every rank calls it, and no gradient is left."""
     model, state.model = state.model, state.detector
     try:
         _backward(state, batches, state.detector.trainable_parameters())
@@ -231,10 +226,6 @@ def _own_gradient_is_finite(state: TrainState, batches: list[Batch]) -> bool:
     gradients = [p.grad for p in state.detector.parameters() if p.grad is not None]
     state.optimizer.zero_grad(set_to_none=True)
     return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
-
-
-def _moving_statistics(detector: Detector) -> list[tuple[Tensor, Tensor]]:
-    return [(b, b.clone()) for _, m in moving_norms(detector) for b in m.buffers(recurse=False)]
 
 
 def _plain(batch: Batch) -> dict[str, Any]:
