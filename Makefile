@@ -8,6 +8,7 @@ BENCH ?= runs/benchmarks
 
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
+parallel := -n 2 --dist loadfile --no-loadscope-reorder
 benchmarks := train_step stage_two trainer ema memory evaluation start_up scaling overfit
 
 .PHONY: help train test test-fast check format docs fuzz soak bench
@@ -20,10 +21,10 @@ train: $(installed)  ## train and evaluate CONFIG (generated data, CPU), or go o
 	$(bin)/python tools/train.py --config $(CONFIG) --resume $(ARGS)
 
 test: check  ## lint, types and the whole test suite, about 6 minutes on 2 cores
-	$(bin)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(bin)/python -m pytest $(parallel) $(ARGS)
 
 test-fast: $(installed)  ## the tests that need no second process and no long run, below 2 minutes
-	$(bin)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(bin)/python -m pytest $(parallel) -m "not slow" $(ARGS)
 
 check: $(installed)  ## lint and types
 	$(bin)/ruff format --check .

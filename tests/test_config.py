@@ -402,23 +402,32 @@ def test_a_mistake_in_a_command_is_one_line_and_exit_code_2(file: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("installed", [False, True])
-def test_the_installed_command_runs_the_tools(tmp_path: Path, installed: bool):
-    """As a wheel lays them out (pyproject.toml: force-include), and as an editable installation does."""
-    path = REPOSITORY
-    if installed:
-        path = tmp_path
-        shutil.copytree(REPOSITORY / "tools", path / "detbb_tools")
-        (path / "detbb_tools" / "train.py").write_text("print('its own')")
-    place = str(path / "detbb" / "core" / "cli.py")
+def detbb_command(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`detbb ARGUMENTS` of a package that lies in `root`."""
+    place = str(root / "detbb" / "core" / "cli.py")
     code = f"from detbb.core import cli; cli.__file__ = {place!r}; cli.command()"
-    for arguments, code_of, said in (
-        (["train", "--help"], 0, "its own" if installed else "usage: train.py"),
-        (["eval", "nope.pt"], 2, "error: checkpoint nope.pt: no such file"),
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=REPOSITORY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["train", "--help"], 0, "usage: train.py"),
+        pytest.param(["eval", "nope.pt"], 2, "error: checkpoint nope.pt: no such file", marks=pytest.mark.slow),
         (["trian"], 2, "error: usage: detbb {check_data,checkpoint,eval,export,predict,train}"),
-    ):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=REPOSITORY)
-        assert done.returncode == code_of and (done.stdout + done.stderr).startswith(said), done.stderr
+    ],
+)
+def test_the_command_of_an_editable_installation_runs_the_tools(arguments: list[str], code: int, said: str):
+    done = detbb_command(REPOSITORY, *arguments)
+    assert done.returncode == code and (done.stdout + done.stderr).startswith(said), done.stderr
+
+
+def test_the_command_of_a_wheel_runs_its_own_tools(tmp_path: Path):
+    """As pyproject.toml lays them out: force-include."""
+    shutil.copytree(REPOSITORY / "tools", tmp_path / "detbb_tools")
+    (tmp_path / "detbb_tools" / "train.py").write_text("print('its own')")
+    assert detbb_command(tmp_path, "train", "--help").stdout.startswith("its own")
+    assert detbb_command(tmp_path, "trian").stderr.startswith("error: usage: detbb {check_data,checkpoint,eval,")
 
 
 @pytest.mark.parametrize("tool", sorted((REPOSITORY / "tools").glob("*.py")), ids=lambda p: p.name)

@@ -34,7 +34,7 @@ from detbb.report.log import RunLog
 from detbb.structures.predictions import Predictions
 from detbb.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 ROOT = Path(__file__).parents[1]
 FILES = ("results.json", "metrics.json", "samples.png", "pr_curves.png")

@@ -45,13 +45,16 @@ CASES = [
     # arch, frozen, optimizer, precision, ema decay, accumulate, clip, evaluation
     ("resnet18", STEM, "sgd", "fp32", 0.9999, 1, None, False),
     ("resnet18", ALL_SHARED, "sgd", "fp32", 0.9, 2, 1.0, True),
-    ("resnet18", STEM, "adamw", "bf16", 0.9, 1, 1.0, True),
     ("resnet18", ALL_SHARED, "adamw", "fp32", 0.9999, 1, None, True),
     ("resnet18", STEM, "adamw", "fp32", 0.9, 2, None, True),
+]
+MORE_CASES = [
+    ("resnet18", STEM, "adamw", "bf16", 0.9, 1, 1.0, True),
     ("resnet18", ALL_SHARED, "sgd", "bf16", 0.9999, 1, 1.0, False),
     ("resnet50", STEM, "adamw", "fp32", 0.9999, 1, 1.0, False),
     ("resnet50", ALL_SHARED, "sgd", "fp32", 0.9, 1, None, False),
 ]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES]
 
 
 @pytest.mark.parametrize(("arch", "frozen", "kind", "precision", "decay", "accumulate", "clip", "evaluate"), CASES)
