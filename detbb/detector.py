@@ -102,10 +102,6 @@ class Detector(Freezable):
             and (shared or any(n.startswith(f"heads.{name}.") for n in trained))
         ]
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters that are trained now, in the order of `parameters()`."""
-        return [p for p in self.parameters() if p.requires_grad]
-
     @torch.no_grad()
     def predict(
         self, images: Tensor, sizes: list[ImageSize], *, heads: Sequence[str] | None = None

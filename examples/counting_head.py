@@ -22,7 +22,7 @@ class CountingConfig(HeadConfig):
 class CountingHead(Head):
     """The expected number of centres in each cell; over an image they sum up to its counts."""
 
-    Config, needs, main_metric = CountingConfig, "boxes", "count/exact"
+    Config, main_metric, last_layers = CountingConfig, "count/exact", ("rate",)
 
     def __init__(self, config: CountingConfig, spec: HeadSpec) -> None:
         super().__init__(config, spec)
@@ -55,9 +55,6 @@ class CountingHead(Head):
         labels = [annotations.labels[r][~annotations.crowd[r]] for r in map(annotations.rows, range(len(annotations)))]
         counts = [np.bincount(present, minlength=len(annotations.classes)) for present in labels]
         return CountEvaluator(dict(zip(annotations.image_ids.tolist(), counts, strict=True)))
-
-    def class_tensors(self) -> tuple[str, ...]:
-        return ("rate.weight", "rate.bias")
 
 
 @dataclass

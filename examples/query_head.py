@@ -36,7 +36,7 @@ class QueryOutput(NamedTuple):
 class QueryHead(Head):
     """Each query attends to the cells of its image, never to the padding, and says one object or none."""
 
-    Config = QueryConfig
+    Config, last_layers = QueryConfig, ("classifier",)
 
     def __init__(self, config: QueryConfig, spec: HeadSpec) -> None:
         super().__init__(config, spec)
@@ -86,6 +86,3 @@ class QueryHead(Head):
             boxes = clip_boxes_to_image(boxes, size.hw)[order]
             predictions.append(Predictions(boxes=boxes, scores=scores[order], labels=labels[order]))
         return predictions
-
-    def class_tensors(self) -> tuple[str, ...]:
-        return ("classifier.weight", "classifier.bias")

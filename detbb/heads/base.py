@@ -54,11 +54,11 @@ class Head(nn.Module):
 
         class CountingHead(detbb.Head): ...  # then, in a configuration, `type: my_package.heads:CountingHead`
 
-    Subclasses set `Config` (type, range and a doc line for each of its keys), fill in the methods, and set `needs`,
-    `metrics`, `main_metric` and `evaluator` if they do not predict boxes alone. `forward` + `loss` run in training,
-    `forward` + `decode` in evaluation; none looks at `self.training`, which is for norms and dropout alone. Every
-    parameter of the head must take part in every loss, also for a batch without objects. Loss sums are divided by
-    `shared_count` (detbb/distributed/collectives.py), so that the number of processes does not matter.
+    Subclasses set `Config` (type, range and a doc line for each of its keys) and `last_layers`, fill in the methods,
+    and set `needs`, `metrics`, `main_metric` and `evaluator` if they do not predict boxes alone. `forward` + `loss` run
+    in training, `forward` + `decode` in evaluation; none looks at `self.training`, which is for norms and dropout
+    alone. Every parameter of the head must take part in every loss, also for a batch without objects. Loss sums are
+    divided by `shared_count` (detbb/distributed/collectives.py), so that the number of processes does not matter.
 
     Letters in shapes: B images of a padded batch, n objects of one image, C classes, K keypoints.
     """
@@ -68,6 +68,7 @@ class Head(nn.Module):
     needs: ClassVar[Literal["boxes", "masks", "keypoints", "semantic", "labels"]] = "boxes"
     metrics: ClassVar[tuple[Kind, ...]] = ("bbox",)  # what COCO's AP is computed of
     main_metric: str = "bbox/AP"  # of its evaluator: what best.pt follows by default
+    last_layers: ClassVar[tuple[str, ...]]  # submodules that start fresh when the number of classes changes
 
     def __init__(self, config: HeadConfig, spec: HeadSpec) -> None:
         super().__init__()
@@ -122,8 +123,8 @@ class Head(nn.Module):
         """Raise UserError if this head cannot learn from a split, beyond `needs`; called before step 0."""
 
     def class_tensors(self) -> tuple[str, ...]:
-        """State-dict names (below the head) of the last layer: what starts fresh when the number of classes changes."""
-        raise NotImplementedError
+        """The tensors of `last_layers`: state-dict names below the head."""
+        return tuple(f"{n}.{tensor}" for n in self.last_layers for tensor in self.get_submodule(n).state_dict())
 
     def load_backbone_weights(self, state: dict[str, Tensor]) -> None:
         """Take what this head shares with a classification backbone (torchvision's keys); most heads: nothing."""

@@ -35,6 +35,7 @@ class ClassifyHead(Head):
     Config = ClassifyConfig
     needs = "labels"
     main_metric = "cls/accuracy"  # multi_label: cls/mAP
+    last_layers = ("classifier",)
 
     def __init__(self, config: ClassifyConfig, spec: HeadSpec) -> None:
         super().__init__(config, spec)
@@ -88,6 +89,3 @@ class ClassifyHead(Head):
 
     def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> ClassificationEvaluator:
         return ClassificationEvaluator(annotations, multi_label=self.config.multi_label)
-
-    def class_tensors(self) -> tuple[str, ...]:
-        return tuple(f"classifier.{level}.{kind}" for level in self.picked_levels for kind in ("weight", "bias"))

@@ -75,6 +75,7 @@ class DenseOutput(NamedTuple):
 class DenseHead(Head):
     """Anchors, scores and NMS. Subclasses build the towers and `anchor_generator`, and define `loss` and `boxes`."""
 
+    last_layers = ("classification_head.cls_logits",)
     config: DenseConfig
     anchor_generator: AnchorGenerator
 
@@ -129,9 +130,6 @@ class DenseHead(Head):
         boxes = clip_boxes_to_image(self.boxes(deltas[anchor], anchors[anchor]), size.hw)
         keep = batched_nms(boxes, scores, labels, self.config.nms_threshold)[: self.config.detections_per_image]
         return Predictions(boxes=boxes[keep].float(), scores=scores[keep].float(), labels=labels[keep])
-
-    def class_tensors(self) -> tuple[str, ...]:
-        return ("classification_head.cls_logits.weight", "classification_head.cls_logits.bias")
 
     def focal_loss(self, logits: Tensor, rows: Tensor, labels: Tensor, present: Tensor) -> Tensor:
         """Focal loss of each row, summed over classes (Lin et al. 2017, equation 5): logits (N, C) to (N,).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,7 @@ def roi_align(config: TwoStageConfig, spec: HeadSpec, resolution: int) -> MultiS
 class TwoStageHead(Head):
     """RPN, sampling, box losses and detections: all but how an RoI's features become a vector."""
 
+    last_layers: ClassVar[tuple[str, ...]] = ("box_predictor",)
     box_predictor: nn.Module
 
     def __init__(self, config: Any, spec: HeadSpec) -> None:
@@ -130,9 +131,6 @@ class TwoStageHead(Head):
     @classmethod
     def levels(cls, config: Any) -> tuple[str, ...]:
         return tuple(dict.fromkeys([*config.levels, *config.roi_levels]))
-
-    def class_tensors(self) -> tuple[str, ...]:
-        return tuple(f"box_predictor.{n}.{p}" for n in ("cls_score", "bbox_pred") for p in ("weight", "bias"))
 
     def forward(self, features: dict[str, Tensor], sizes: list[ImageSize]) -> TwoStageOutput:
         return TwoStageOutput(self.rpn(features), {level: features[level] for level in self.roi_levels})

@@ -36,6 +36,7 @@ class MaskRcnnHead(FasterRcnnHead):
     needs = "masks"
     main_metric = "segm/AP"
     metrics = ("bbox", "segm")
+    last_layers = ("box_predictor", "mask_predictor.mask_fcn_logits")
 
     def __init__(self, config: Any, spec: HeadSpec) -> None:
         super().__init__(config, spec)
@@ -43,10 +44,6 @@ class MaskRcnnHead(FasterRcnnHead):
         self.mask_head = MaskRCNNHeads(self.channels, config.mask_channels, 1)
         last = config.mask_channels[-1]
         self.mask_predictor = MaskRCNNPredictor(last, last, len(spec.classes) + 1)
-
-    def class_tensors(self) -> tuple[str, ...]:
-        last = "mask_predictor.mask_fcn_logits"
-        return (*super().class_tensors(), f"{last}.weight", f"{last}.bias")
 
     def mask_logits(self, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
         """(R, C + 1, 2 mask_resolution, 2 mask_resolution); channel 0 is nobody's, as in torchvision."""

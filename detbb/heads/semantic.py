@@ -43,6 +43,7 @@ class SemanticHead(Head):
     Config = SemanticConfig
     needs = "semantic"
     main_metric = "sem/mIoU"
+    last_layers = ("classifier",)
 
     def __init__(self, config: SemanticConfig, spec: HeadSpec) -> None:
         super().__init__(config, spec)
@@ -85,9 +86,6 @@ class SemanticHead(Head):
 
     def evaluator(self, annotations: Annotations, *, engine: str = "hotcoco") -> SemanticEvaluator:
         return SemanticEvaluator(annotations)
-
-    def class_tensors(self) -> tuple[str, ...]:
-        return ("classifier.weight", "classifier.bias")
 
 
 def _resize(x: Tensor, size: Sequence[int]) -> Tensor:

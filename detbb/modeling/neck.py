@@ -106,27 +106,13 @@ class Fpn(nn.Module):
         return {**features, **{name: levels[name] for name in self.channels if name in levels}}
 
 
-class NoNeck(nn.Module):
-    """Hands the backbone's stages through."""
-
-    def __init__(self, channels: Mapping[str, int], strides: Mapping[str, int]) -> None:
-        super().__init__()
-        self.channels = dict(channels)
-        self.strides = dict(strides)
-
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        return features
-
-
 def build_neck(
     config: NeckConfig, backbone_channels: Mapping[str, int], strides: Mapping[str, int], levels: Sequence[str]
-) -> Fpn | NoNeck:
-    """The neck that offers `levels` (all heads' together), with `.channels` and `.strides` of what it puts out.
+) -> Fpn:
+    """The neck that offers `levels` (all heads' together); with `type: none` it hands the backbone's stages through.
 
     Raises: UserError: an unknown level.
     """
     stages_needed(levels, config.type, strides)
-    if config.type == "none":
-        return NoNeck(backbone_channels, strides)
     norm = norm_layer(config.norm)
     return Fpn(backbone_channels, strides, levels=levels, out_channels=config.channels, norm_layer=norm)

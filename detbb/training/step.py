@@ -100,7 +100,7 @@ def train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group["lr_mult"]
     state.optimizer.zero_grad(set_to_none=True)
-    trained = state.detector.trainable_parameters()
+    trained = [p for p in state.detector.parameters() if p.requires_grad]
     losses, used = _backward(state, batches, trained)
     bad_images = [path for batch in batches for path in batch.bad_images]
     state.scaler.unscale_(state.optimizer)
@@ -220,7 +220,7 @@ def _own_gradient_is_finite(state: TrainState, batches: list[Batch]) -> bool:
     """Whether the gradient of this rank's batches alone is finite; every rank calls it, and no gradient is left."""
     model, state.model = state.model, state.detector
     try:
-        _backward(state, batches, state.detector.trainable_parameters())
+        _backward(state, batches, [p for p in state.detector.parameters() if p.requires_grad])
     finally:
         state.model = model
     gradients = [p.grad for p in state.detector.parameters() if p.grad is not None]

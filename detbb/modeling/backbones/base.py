@@ -59,16 +59,11 @@ class Backbone(nn.Module):
         """As `forward`, from the outputs of the stages up to `after` (empty: from the input)."""
         x, features = known[after], {name: known[name] for name in self.out if name in known}
         for stage in self.stages[self.stages.index(after) + 1 if after else 0 :]:
-            x = self.run_stage(stage, x)
+            for module in self.stage_modules(stage):
+                x = module(x)
             if stage in self.out:
                 features[stage] = x
         return features
-
-    def run_stage(self, stage: str, x: Tensor) -> Tensor:
-        """The output of one of `stages`, given that of the stage before."""
-        for module in self.stage_modules(stage):
-            x = module(x)
-        return x
 
     def stage_modules(self, stage: str) -> list[nn.Module]:
         """What runs as one of `stages`, in order."""
