@@ -1,4 +1,4 @@
-"""Combinations that cannot work: refused at the start, never at step 500, all that there are at once."""
+"""Combinations that cannot work. All of them are found at the start and reported together."""
 
 from __future__ import annotations
 
@@ -87,15 +87,15 @@ def _check_norms(part: BackboneConfig | NeckConfig, at: str, random: bool) -> It
         yield f"{at}.norm_eval", f"is true, but norm {show(norm)} has no running statistics; leave it out"
     if not random or part.allow_random:
         return
+    others, source = "gn, or null", "init_from"
     if at == "backbone":
-        cures = "backbone.norm: bn (or gn), or give backbone.weights (imagenet or a file) or init_from"
-    else:
-        cures = "neck.norm: bn (or gn, or null), or give init_from"
+        others, source = "gn", "backbone.weights (imagenet or a file) or init_from"
+    cures = {"norm": f"bn (or {others})", "norm_eval": f"false (or norm: {others})"}
     for key, stops in (("norm", norm == "frozen_bn"), ("norm_eval", part.norm_eval)):
         if stops:
             reason = "on random weights this is no normalisation at all (mean 0, variance 1 forever)"
-            cure = cures if key == "norm" else cures.replace("norm: bn (or gn", "norm_eval: false (or norm: gn", 1)
-            yield f"{at}.{key}", f"is {show(getattr(part, key))}, but {reason}; write {cure}, or set {at}.allow_random"
+            cure = f"write {at}.{key}: {cures[key]}, or give {source}, or set {at}.allow_random"
+            yield f"{at}.{key}", f"is {show(getattr(part, key))}, but {reason}; {cure}"
 
 
 def _check_length(config: Config) -> Iterator[Problem]:

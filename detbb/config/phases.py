@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from detbb.config.schema import Config
+from detbb.config.schema import Config, PhaseConfig
 from detbb.core.errors import UserError
 
 
@@ -25,11 +25,9 @@ def plan_phases(config: Config, total_steps: int) -> list[Phase]:
     Raises: UserError: the phases are longer than the run, or shorter with no open last one.
     """
     inherited = tuple(f"heads.{name}" for name in config.inherited_heads)
-    if not config.phases:
-        return [Phase(0, 0, total_steps, (*config.freeze, *inherited))]
     phases: list[Phase] = []
     start = 0
-    for index, entry in enumerate(config.phases):
+    for index, entry in enumerate(config.phases or [PhaseConfig(freeze=config.freeze)]):
         end = total_steps if entry.steps is None else start + entry.steps
         phases.append(Phase(index, start, end, (*entry.freeze, *inherited)))
         start = end

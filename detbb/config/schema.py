@@ -64,10 +64,9 @@ Norm = Literal["bn", "frozen_bn", "sync_bn", "gn"]
 NonEmpty = Annotated[list[T], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Names = Annotated[list[str], Field(min_length=1)] | Annotated[str, Field(min_length=1)] | None
 NO_NAME_TWICE = rule(lambda names: not isinstance(names, list) or len(set(names)) == len(names), "must name none twice")
 Classes = Annotated[
-    Names,
+    NonEmpty[str] | Annotated[str, Field(min_length=1)] | None,
     in_words("must be a list of names, a names file or null"),
     NO_NAME_TWICE,
 ]

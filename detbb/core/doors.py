@@ -1,4 +1,4 @@
-"""Doors: a plain dict of what comes with detbb, by name, each also open to `package.module:Name` from outside."""
+"""What a name in the configuration stands for: an entry of a plain dict, or `package.module:Name` from outside."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def subclass_of(base: type) -> Callable[[object], bool]:
 
 
 def lookup(
-    door: Mapping[str, T], name: str, *, key: str, check: Callable[[object], bool], what: str, may_import: bool = True
+    known: Mapping[str, T], name: str, *, key: str, check: Callable[[object], bool], what: str, may_import: bool = True
 ) -> T:
-    """What `name` stands for: an entry of `door`, or the attribute of a module that `package.module:Name` imports.
+    """What `name` stands for: an entry of `known`, or the attribute of a module that `package.module:Name` imports.
 
     key: where the name was given, as errors say it. check: whether what a module holds is a `what`, such as
     "subclass of detbb.Head". may_import: False for a name from a file that may be anybody's, see `refuse_import`.
     Raises: UserError: nothing of that name, or it is something else.
     """
-    if name in door:
-        return door[name]
+    if name in known:
+        return known[name]
     if not may_import:
         refuse_import(name, key=key)
     module_name, outside, attribute = name.partition(":")
     if not outside:
-        raise unknown_name(key, name, [*door, "package.module:Name"])
+        raise unknown_name(key, name, [*known, "package.module:Name"])
     try:
         found = getattr(importlib.import_module(module_name), attribute, None)
     except Exception as error:  # whatever the user's module raises, and what `importlib` says of a relative name

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from signal import Signals
 
-# Control characters but tab and newline, marks that reorder text or break lines, and halves of characters.
+# Control characters but tab and newline, marks that reorder text or break lines, and lone surrogates.
 _UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

@@ -68,7 +68,7 @@ class RetinaNetHead(DenseHead):
         boxes, labels, _ = batch_boxes(batch, logits)  # (M, 4), (M,)
         matched = self.match(batch, anchors)  # (B, N)
         positive = matched >= 0
-        # the last row stands in where there is no box, so that all anchors are computed alike and nothing waits
+        # one more row stands for "no box": all anchors are computed alike, and nothing waits for the device
         boxes = torch.cat([boxes, torch.ones_like(anchors[:1]).cumsum(1)])
         labels = torch.cat([labels, labels.new_zeros(1)])
         matched_box = torch.where(positive, matched, len(boxes) - 1).flatten()  # (B N,)

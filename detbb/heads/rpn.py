@@ -63,7 +63,7 @@ class RpnOutput:
 
 
 def count_for(loss: Tensor, count: int) -> Tensor:
-    """The global normaliser of a loss that sums over `count` things here."""
+    """What a loss that sums over `count` items of this process is divided by, see `shared_count`."""
     return shared_count(torch.tensor(float(count), dtype=loss.dtype, device=loss.device)).to(loss.dtype)
 
 

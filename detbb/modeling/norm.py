@@ -138,7 +138,7 @@ def _dims(x: Tensor) -> list[int]:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups (arXiv:1803.08494), or fewer: they divide `channels` into two channels each at least.
+    """GroupNorm with 32 groups (arXiv:1803.08494), or fewer, so that each has at least two channels.
 
     A group of one channel would have nothing to normalise over on a level of one cell.
     """

@@ -43,8 +43,8 @@ class Segments:
     """The masks of M objects: each a list of polygons, or one run-length code (COCO's compressed string form).
 
     `polygons(i)` gives float64 arrays (points, 2) of x, y in original pixels; `rle(i)` gives
-    `(height, width, counts)` or None. `wrong`: objects whose mask is left out, since a polygon has half a point, or a
-    code does not cover its image.
+    `(height, width, counts)` or None. `wrong`: indices of objects whose mask is left out: a polygon has an odd
+    number of coordinates, or a code does not cover its image.
     """
 
     def __init__(self, runs: Iterable[tuple[Sequence[Segmentation], np.ndarray | None]]) -> None:

@@ -56,7 +56,7 @@ class Target:
 
 
 class CacheEntry(NamedTuple):
-    """Where an image's features are in the feature cache, or belong."""
+    """The place of an image's features in the feature cache, filled or not."""
 
     slot: int
     image_sha256: bytes  # SHA-256 of the file; empty: not to be stored
