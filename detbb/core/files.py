@@ -6,11 +6,12 @@ import errno
 import os
 import pickle
 import re
+import secrets
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -40,15 +41,12 @@ def write_atomically(
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with open(temporary, "xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            with suppress(PermissionError):  # shares without permissions
-                temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
             if verify is not None:
                 verify(temporary)
             os.replace(temporary, path)
@@ -66,11 +64,10 @@ def make_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    unfinished.mkdir()
     try:
         fill(unfinished)
-        with suppress(PermissionError):  # shares without permissions
-            unfinished.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
         os.rename(unfinished, folder)
         sync_folder(folder.parent)
     except OSError:
@@ -265,13 +262,3 @@ class _RememberError:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).split("\n", 1)[0] or type(error).__name__)[:200]
-
-
-def _umask() -> int:
-    try:  # without changing it, for other threads' sake
-        return int(Path("/proc/self/status").read_text().partition("Umask:")[2].split()[0], 8)
-    except (OSError, ValueError, IndexError):
-        pass
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -69,8 +69,7 @@ class Store:
         start = 8 + int.from_bytes(self._file.read(8), "little")
         self._index = np.memmap(self._file, np.uint8, "r+", start, (plan.slots, _ROW))
         self._first = start + self._index.nbytes
-        self._data = np.memmap(self._file, np.uint8, "r+", self._first, (plan.slots, plan.record))
-        self._records = torch.from_numpy(self._data)
+        self.records = torch.from_numpy(np.memmap(self._file, np.uint8, "r+", self._first, (plan.slots, plan.record)))
         self._trusted = _shared(plan.slots, 1)[:, 0]  # records that this run wrote or verified
         self._files = _shared(plan.images, 4 * 8 + 32)  # of files seen in this run: size, times, inode; SHA-256
         self.full = False  # the disk, or it cannot be written
@@ -87,7 +86,7 @@ class Store:
         row = self._index[slot].tobytes()
         stored = bool(image) and row[:32] == image
         if stored and not self._trusted[slot]:
-            stored = self._trusted[slot] = row[32:] == _sha256(image, self._data[slot].data)
+            stored = self._trusted[slot] = row[32:] == _sha256(image, self.records[slot].numpy().data)
         return CacheEntry(slot, image, bool(stored))
 
     def checked(self, entry: CacheEntry, reader: SampleReader, index: int) -> CacheEntry:
@@ -106,9 +105,6 @@ class Store:
             self._index[entry.slot] = np.frombuffer(row, np.uint8)
             self._trusted[entry.slot] = True
         return record
-
-    def record(self, slot: int) -> Tensor:
-        return self._records[slot]
 
     def _write(self, slot: int, record: np.ndarray) -> bool:
         """Whether the record could be written; not through the map, where a full disk would end the process."""
@@ -177,7 +173,4 @@ def _shared(rows: int, size: int) -> np.ndarray:
 
 
 def _sha256(*parts: bytes | memoryview) -> bytes:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
+    return hashlib.sha256(b"".join(parts)).digest()

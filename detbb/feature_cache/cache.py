@@ -36,7 +36,7 @@ class FeatureCache:
         self._hits = 0 if missing else self._hits + 1
         if self._hits == RELEASE_AFTER:
             self._prefix.release()
-        rows = {i: store.record(e.slot) for i, e in enumerate(batch.entries) if e.is_stored}
+        rows = {i: store.records[e.slot] for i, e in enumerate(batch.entries) if e.is_stored}
         at_once = 1 if device.type == "cpu" else max(len(missing), 1)
         for first in range(0, len(missing), at_once):
             group = missing[first : first + at_once]
