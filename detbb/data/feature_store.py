@@ -69,6 +69,7 @@ class Store:
         start = 8 + int.from_bytes(self._file.read(8), "little")
         self._index = np.memmap(self._file, np.uint8, "r+", start, (plan.slots, _ROW))
         self._first = start + self._index.nbytes
+        # (slots, bytes of a record) uint8
         self.records = torch.from_numpy(np.memmap(self._file, np.uint8, "r+", self._first, (plan.slots, plan.record)))
         self._trusted = _shared(plan.slots, 1)[:, 0]  # records that this run wrote or verified
         self._files = _shared(plan.images, 4 * 8 + 32)  # of files seen in this run: size, times, inode; SHA-256

@@ -10,21 +10,21 @@ from detbb.data.feature_store import Store
 from detbb.feature_cache.frozen_prefix import FrozenPrefix
 from detbb.structures.batch import Batch, PrecomputedFeatures
 
-RELEASE_AFTER = 20  # batches in a row without a miss, and the prefix rests: its copies are as large as its weights
+RELEASE_AFTER = 20  # batches in a row without a miss; then the prefix drops its copies, as large as its weights
 
 
 class FeatureCache:
-    """Gives batches their features: from the stores where they are, from the prefix otherwise, and stores those.
+    """Gives batches their features: stored ones where there are any, else the prefix computes and stores them.
 
-    On CPU images are computed one by one, so features do not depend on which images are in a batch or stored already:
-    they differ from those of a whole batch by rounding alone, and a resumed run learns from the same bits.
+    On CPU images are computed one by one, so features do not depend on which images are in a batch or stored already.
+    They differ from those of a whole batch by rounding alone, and a resumed run learns from the same bits.
     """
 
     def __init__(self, prefix: FrozenPrefix, stores: dict[str, Store]) -> None:
         self._prefix, self.stores = prefix, stores
         self._said = self._share()
         self._said_full = False
-        self._hits = 0  # batches in a row
+        self._hits = 0  # batches in a row without a miss
 
     def __call__(self, batch: Batch) -> Batch:
         store = self.stores.get(batch.source)

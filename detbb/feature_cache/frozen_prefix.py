@@ -26,10 +26,9 @@ from detbb.structures.batch import Batch, ImageSize, PrecomputedFeatures
 
 
 def last_frozen(detector: Detector, names: Sequence[str] | None = None) -> str | None:
-    """The last part that rests with everything before it: None, `stem`, `layer1` … `layer4`, or `neck`.
+    """The part up to which everything is frozen: `stem`, `layer1` … `layer4`, `neck`, or None if the stem is not.
 
-    A part rests if nothing in it is trained and no statistics move. names: None for what is frozen now, or what would
-    be.
+    In a frozen part nothing is trained and no statistics move. names: as `freeze` takes them; None: those of now.
     """
     moving, last = set(averaged_names(detector, names)), None
     for stage in detector.backbone.stages:
@@ -42,7 +41,7 @@ def last_frozen(detector: Detector, names: Sequence[str] | None = None) -> str |
 class FrozenPrefix:
     """Gives batches what the frozen parts up to `after` make of their images.
 
-    Make it anew whenever the detector's weights or what is frozen change. fold: with `fold_frozen: auto`, relative
+    Make it anew whenever the detector's weights or what is frozen change. With `fold_frozen: auto`, relative
     differences to the modules themselves stay below 1e-4 in fp32 (rounding alone). The folded copies are made when a
     batch first needs them.
     """

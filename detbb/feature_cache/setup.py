@@ -96,7 +96,7 @@ def _backbone_is_frozen(detector: Detector, frozen: Sequence[str]) -> bool:
 def _plans(
     config: Config, detector: Detector, data: Mapping[str, Annotations], frozen: Sequence[str]
 ) -> dict[str, tuple[Plan, SampleReader]]:
-    """Of each source that something learns from while `frozen` is frozen. Raises: Unusable."""
+    """The plan and the reader of each source that a head learns from while `frozen` is frozen. Raises: Unusable."""
     sources = dict.fromkeys(detector.sources[name] for name in detector.active_heads(frozen=frozen))
     return {source: _plan(config, detector, frozen, source=source, annotations=data[source]) for source in sources}
 
@@ -144,6 +144,7 @@ def _check_room(config: Config, plans: Sequence[Plan]) -> None:
 
 
 def _check_pays(config: Config, plans: Mapping[str, Plan], steps: int) -> None:
+    """Raise Unusable if the phase is too short for most features to be read again after they were computed."""
     weights = {source: config.data[source].weight for source in plans}
     for source, plan in plans.items():
         passes = steps * config.train.batch_size * weights[source] / sum(weights.values()) / plan.images

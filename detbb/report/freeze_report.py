@@ -158,8 +158,8 @@ class FreezeJournal:
     def begin(
         self, phase: Phase, report: Sequence[Row], notes: Sequence[str], *, digests: dict[str, str], step: int
     ) -> None:
-        """Enter a phase at `step`; one that was begun before an interruption keeps what was verified."""
-        for entry in self._phases:  # of a run that had gone further than where this one goes on
+        """Add the entry of a phase that begins or goes on at `step`; one that goes on keeps what was verified."""
+        for entry in self._phases:  # an interrupted run may have verified later steps, which come again
             entry.verified = [s for s in entry.verified if s <= step]
         before = [entry for entry in self._phases if entry.phase <= phase.index and step in entry.verified][-1:]
         known = {n: entry.since[n] for entry in before for n in digests if entry.digests.get(n) == digests[n]}

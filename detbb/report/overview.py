@@ -48,7 +48,7 @@ def opening(
 
 
 def images_per_epoch(config: Config, train: Mapping[str, Annotations]) -> float:
-    """How many images are learned from until the source that takes longest was seen once."""
+    """How many images of all sources are learned from until every image was seen at least once."""
     turns = sum(config.data[name].weight for name in train)
     return max(len(annotations) * turns / config.data[name].weight for name, annotations in train.items())
 
