@@ -154,7 +154,7 @@ def _with_image_labels(
     font = _font(max(13, round(max(canvas.size) / 40)))
     order = np.argsort(-numbers, kind="stable").tolist()
     y = 4
-    for label in [label for label in order if numbers[label] >= threshold] or order[:1]:
+    for label in order[: max(1, np.count_nonzero(numbers >= threshold))]:
         tag = _tag(f"{classes[label]} {numbers[label]:.2f}", class_colour(label), font)
         canvas.paste(tag, (4, y))
         y += tag.height + 4
