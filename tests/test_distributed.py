@@ -405,6 +405,7 @@ def test_a_second_signal_ends_it_unless_torchrun_repeats_it(monkeypatch: pytest.
         if not under_torchrun:
             monkeypatch.delenv("TORCHELASTIC_RUN_ID")
         with StopSignals() as stop:
+            stop.started = True
             for _ in range(2):
                 signal.raise_signal(signal.SIGTERM)
             assert stop() == signal.SIGTERM

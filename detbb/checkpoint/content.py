@@ -21,7 +21,7 @@ from detbb.core.errors import UserError, some, unknown_name
 from detbb.core.files import BadFile, load_tensors
 from detbb.core.forms import Form
 from detbb.detector import Detector, view
-from detbb.freeze import frozen_names, part_of
+from detbb.freeze import part_of
 from detbb.heads import HeadConfig
 from detbb.heads.loading import config_from_dict
 from detbb.structures.class_list import ClassList
@@ -274,12 +274,6 @@ def restore_detector(checkpoint: Mapping[str, Any], *, weights: str | None = Non
     return view(build_exactly(stored_config(checkpoint), checkpoint["classes"], state, MISFIT))
 
 
-def load_exactly(detector: Detector, given: Mapping[str, Tensor], problem: str) -> None:
-    """Give the detector all of its tensors. Raises: UserError: as `check_fit`."""
-    check_fit(detector, given, problem)
-    detector.load_state_dict(given)
-
-
 def check_fit(detector: Detector, given: Mapping[str, Tensor], problem: str) -> None:
     """Raise UserError, with `problem` and their names, if tensors are missing, too many or of another shape."""
     own = detector.state_dict()
@@ -295,8 +289,3 @@ def load_detector(path: Path | str, *, weights: str | None = None, device: str =
     Raises: UserError: the file is not a valid checkpoint; `weights` is not in it.
     """
     return restore_detector(open_checkpoint(path), weights=weights).to(device)
-
-
-def frozen_entry(detector: Detector, known: Mapping[str, str]) -> dict[str, Any]:
-    """A checkpoint's `frozen`: the freeze names, and the digest of every tensor they keep."""
-    return {"names": list(detector.frozen), "digests": {n: known[n] for n in frozen_names(detector)}}

@@ -49,7 +49,7 @@ class CheckpointFolder:
         link_atomically(self.path(step), self.folder / "best.pt")
 
     def newest(self) -> tuple[Path, dict[str, Any], list[str]] | None:
-        """The valid checkpoint with the highest step, and a line about each file that was passed over.
+        """Path and content of the valid checkpoint with the highest step, and what is wrong with each invalid one.
 
         None if there is no file at all. Raises: UserError: there are files, but none is valid.
         """
@@ -73,9 +73,9 @@ class CheckpointFolder:
         return None if found is None else (*found, passed)
 
     def make_newest(self, source: Path, step: int) -> list[str]:
-        """Make `source`, a checkpoint of `step` from anywhere, the newest of the folder.
+        """Make `source`, a checkpoint file of `step`, the newest of the folder.
 
-        A line if later checkpoints, or another one of that step, had to be set aside under another name.
+        Gives a line if later checkpoints, or another one of that step, were renamed for it.
         """
         own, best = self.path(step), self.folder / "best.pt"
         later = [p for s in self.steps() if s >= step and not _same(p := self.path(s), source)]

@@ -1,4 +1,4 @@
-"""What all processes of a run agree on; everything here also works on a single process.
+"""Exchanges between all processes of a run; everything here also works on a single process.
 
 Start-up, membership and restarts are torchrun's, see detbb/distributed/processes.py.
 """
@@ -30,13 +30,13 @@ def world_size() -> int:
 
 @contextmanager
 def raise_on_all_ranks(*, rank0_first: bool = False) -> Iterator[None]:
-    """A UserError on one rank is raised on all, so that nobody waits for a process that left.
+    """A UserError on one rank is raised on all, so that no process waits for one that ended.
 
-    rank0_first: the others begin when rank 0 is done, so that what it generates is written once.
+    rank0_first: the others begin when rank 0 is done, so that it alone generates files.
     """
     own = None
-    if rank0_first and rank() != 0 and (text := from_rank0(None)) is not None:
-        raise error_on_all_ranks(text)
+    if rank0_first and rank() != 0:
+        _raise_first(None)
     try:
         yield
     except UserError as error:
@@ -44,9 +44,11 @@ def raise_on_all_ranks(*, rank0_first: bool = False) -> Iterator[None]:
             raise
         own = str(error)
     if rank0_first and rank() == 0:
-        from_rank0(own)
-        if own is not None:
-            raise error_on_all_ranks(own)
+        _raise_first(own)
+    _raise_first(own)
+
+
+def _raise_first(own: str | None) -> None:
     if found := [text for text in all_gather_objects(own) if text is not None]:
         raise error_on_all_ranks(found[0])
 
@@ -69,7 +71,7 @@ def shared_count(count: Tensor) -> Tensor:
 
 
 def all_gather_objects(item: object) -> list:
-    """Everybody's `item`, in rank order, on every rank."""
+    """The `item` of each rank, in rank order, on every rank."""
     if not is_distributed():
         return [item]
     items: list = [None] * world_size()
@@ -78,7 +80,7 @@ def all_gather_objects(item: object) -> list:
 
 
 def gather_objects(item: object) -> list:
-    """Everybody's `item`, in rank order, on rank 0; nothing on the others."""
+    """The `item` of each rank, in rank order, on rank 0; an empty list on the others."""
     if not is_distributed():
         return [item]
     items: list | None = [None] * world_size() if rank() == 0 else None

@@ -1,4 +1,4 @@
-"""Who the other processes of a run are, and which of them is to blame when a collective fails."""
+"""Which process of a run ended or stalled when a collective fails; a stalled one on this host is ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import socket
 import time
 import traceback
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 
@@ -19,43 +18,43 @@ import torch.distributed as dist
 
 from detbb.core.errors import ProcessLost, tell_torchrun
 
-RENDEZVOUS_S = 60.0  # at least, for all to start: what they import may come from a cold disk
-WAIT_S = 5.0  # at most, for the others to notice a failure as well
+RENDEZVOUS_S = 60.0  # the least time to wait for all to start: imports from a cold disk take long
+WAIT_S = 5.0  # the most time to wait until the others notice a failure, too
 _SIGNS = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|tim(ed|e) ?out", re.IGNORECASE)
 _TIMED_OUT = re.compile(r"tim(ed|e) ?out", re.IGNORECASE)
 _COLLECTIVES = re.compile(r"/torch/(distributed/|nn/parallel/distributed\.py|autograd/graph\.py)")  # the last: DDP's
 
 
 def is_lost_process(error: Exception) -> bool:
-    """Whether a collective failed because of another process: by where it was raised, too, as others time out as well.
+    """Whether a collective failed because of another process.
 
-    A CUDA error is this process's own, wherever it surfaces.
+    The place where it was raised counts, too: a data loader can time out as well. A CUDA error is this process's own.
     """
-    if isinstance(error, dist.DistError) or not isinstance(error, RuntimeError):
-        return isinstance(error, dist.DistError)
+    if isinstance(error, dist.DistError):
+        return True
+    if not isinstance(error, RuntimeError) or isinstance(error, torch.AcceleratorError):
+        return False
     frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    inside = bool(frames) and _COLLECTIVES.search(frames[-1]) and not isinstance(error, torch.AcceleratorError)
-    return bool(inside and _SIGNS.search(str(error)))
+    return bool(frames and _COLLECTIVES.search(frames[-1]) and _SIGNS.search(str(error)))
 
 
 class Members:
-    """The processes of one start of a run, as they entered themselves into a store.
+    """The processes of one start of a run.
 
-    A process that finds a collective broken enters that too. Those that do not are missing.
-
-    Raises: ProcessLost: one did not start in time.
+    Each writes its host and process id into a store, and also when a collective fails there. Those that do not report
+    a failed collective are missing.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, *, timeout_s: float) -> None:
-        """`store`: torchrun's."""
+        """store: torchrun's. Raises: ProcessLost: a process did not start in time."""
         self._rank, self._ranks, self._timeout_s = rank, range(world_size), timeout_s
         self.store = self._rendezvous(store, max(timeout_s, RENDEZVOUS_S))
 
     def _rendezvous(self, shared: dist.Store, patience_s: float) -> dist.Store:
-        """The store of this start alone.
+        """A part of torchrun's store for this start alone.
 
-        torchrun's store outlives a restart, with the addresses of processes that are gone. So each process takes a new
-        name, and rank 0 answers every name that it finds with its own.
+        torchrun's store keeps the addresses of ended processes over a restart. So each process writes a new random
+        name, and rank 0 answers each of them with its own, which names the part.
         """
         began, name, failed = time.monotonic(), uuid.uuid4().hex, f"within {patience_s:g} s; see its own error"
         own = {"host": _host(), "pid": os.getpid(), "error_file": os.environ.get("TORCHELASTIC_ERROR_FILE")}
@@ -83,21 +82,26 @@ class Members:
 
         A stopped process ignores everything but SIGKILL, and torchrun would send that only 30 s later.
         """
-        try:
-            entries = {r: json.loads(self.store.get(str(r))) for r in self._missing_ranks()}
-        except RuntimeError:  # the store went with its host
-            entries = {}
-        if not entries:
+        missing: dict[int, dict] = {}
+        with suppress(RuntimeError):  # the store ended with its host
+            missing = {r: json.loads(self.store.get(str(r))) for r in self._missing_ranks()}
+        if not missing:
             return ProcessLost(f"the connection to the other processes is lost ({str(error).splitlines()[0]})")
-        who = ", ".join(f"rank {r} (pid {e['pid']} on {e['host'].split()[0]})" for r, e in entries.items())
+        names = ", ".join(f"rank {r} (pid {m['pid']} on {m['host'].split()[0]})" for r, m in missing.items())
         if not _TIMED_OUT.search(str(error)):
-            return ProcessLost(f"{who} ended before its time; see its own error")
-        text = f"{who} gave no answer within train.timeout_s ({self._timeout_s:g} s)"
-        self._end([e for e in entries.values() if e["host"] == _host()], text)
+            return ProcessLost(f"{names} ended before its time; see its own error")
+        text = f"{names} gave no answer within train.timeout_s ({self._timeout_s:g} s)"
+        here = [m for m in missing.values() if m["host"] == _host()]
+        for number, delay_s in ((signal.SIGUSR2, 1.0), (signal.SIGKILL, 0.0)):  # SIGUSR2: see `distributed.processes`
+            for process in here:
+                tell_torchrun(process["error_file"], text)
+                with suppress(OSError):
+                    os.kill(process["pid"], number)
+            time.sleep(delay_s)
         return ProcessLost(text)
 
     def _missing_ranks(self) -> list[int]:
-        """The ranks that do not say within a while that they are waiting too."""
+        """The ranks that do not report a failed collective within a while."""
         self.store.set(f"waiting/{self._rank}", "")
         began = time.monotonic()
         while True:
@@ -105,14 +109,6 @@ class Members:
             lost = [r for r in self._ranks if not self.store.check([f"waiting/{r}"])]
             if time.monotonic() - began > (1.0 if len(lost) < 2 else WAIT_S):
                 return lost
-
-    def _end(self, entries: Sequence[dict], text: str) -> None:
-        for number, delay_s in ((signal.SIGUSR2, 1.0), (signal.SIGKILL, 0.0)):  # SIGUSR2: see `distributed.processes`
-            for entry in entries:
-                tell_torchrun(entry["error_file"], text)
-                with suppress(OSError):
-                    os.kill(entry["pid"], number)
-            time.sleep(delay_s)
 
 
 def _host() -> str:

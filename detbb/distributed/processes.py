@@ -43,9 +43,9 @@ def processes(config: Config) -> Iterator[torch.device]:
     if is_distributed() or "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         yield device
         return
-    faulthandler.register(signal.SIGUSR2)  # shows where a process is; a stalled one is asked before it is ended
+    faulthandler.register(signal.SIGUSR2)  # a stalled process shows its stack before it is ended
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _prctl_pr_set_pdeathsig(signal.SIGTERM)  # should torchrun be killed, save and leave
+        _prctl_pr_set_pdeathsig(signal.SIGTERM)  # if torchrun is killed, save and end
     timeout = timedelta(seconds=config.train.timeout_s)
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=timeout))
@@ -53,16 +53,14 @@ def processes(config: Config) -> Iterator[torch.device]:
         raise UserError(f"{error}; start several processes with torchrun, or unset RANK and WORLD_SIZE") from error
     members = Members(store, number, size, timeout_s=config.train.timeout_s)
     group = {"store": members.store, "rank": number, "world_size": size, "timeout": timeout}
+    backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     try:
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device, **group)
-        else:
-            dist.init_process_group("gloo", **group)
+        dist.init_process_group(backend, device_id=own_gpu, **group)
         yield device
     except Stopped:
         dist.destroy_process_group()
         raise
-    except Exception as error:  # the group is left as it is: destroying it could wait for the lost
+    except Exception as error:  # the group is not destroyed: that could wait for a lost process
         if not is_lost_process(error):
             raise
         raise members.explain(error) from error
@@ -80,10 +78,10 @@ def _own_gpu() -> int:
 
 
 def wrap(detector: nn.Module) -> nn.Module:
-    """DDP over what is trained now; the detector itself on a single process. Made anew at every phase switch."""
-    if not is_distributed() or world_size() == 1:
+    """DDP over what is trained now; the detector itself on a single process. To be called at every phase switch."""
+    if world_size() == 1:
         return detector
-    # Buffers are not broadcast: statistics are averaged over ranks instead, so that no rank's are thrown away.
+    # Buffers are not broadcast: that would keep rank 0's statistics alone, so they are averaged over ranks instead.
     ddp = nn.parallel.DistributedDataParallel
     names = ("forward_sync_buffers", "broadcast_buffers")  # PyTorch 2.14 gave it a new name
     name = next(name for name in names if name in inspect.signature(ddp).parameters)

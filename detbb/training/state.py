@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from detbb.checkpoint.content import FORMAT_VERSION, frozen_entry, versions
+from detbb.checkpoint.content import FORMAT_VERSION, versions
 from detbb.checkpoint.folder import CheckpointFolder
 from detbb.config.loading import config_to_dict
 from detbb.config.phases import Phase, phase_at
@@ -125,7 +125,7 @@ def capture(run: Run) -> dict[str, Any]:
             "batch_size": run.config.train.batch_size,
             "skipped_in_row": state.skipped_in_row,
         },
-        "frozen": frozen_entry(detector, run.digests),
+        "frozen": {"names": list(detector.frozen), "digests": dict(run.digests)},
         "classes": {name: classes.to_dict() for name, classes in detector.classes.items()},
         "versions": versions(),
     }
