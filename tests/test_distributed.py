@@ -21,7 +21,7 @@ from processes import run_ranks
 from runs import load
 
 from detbb.config.schema import Config
-from detbb.core.errors import ProcessLost, UserError
+from detbb.core.errors import ProcessLost, Stopped, UserError
 from detbb.core.folder_lock import FolderLock
 from detbb.data.formats import read_split
 from detbb.data.loader import train_loader
@@ -410,3 +410,9 @@ def test_a_second_signal_ends_it_unless_torchrun_repeats_it(monkeypatch: pytest.
                 signal.raise_signal(signal.SIGTERM)
             assert stop() == signal.SIGTERM
         assert ended == ([] if under_torchrun else [143])
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once() -> None:
+    with StopSignals() as stop, pytest.raises(Stopped, match="SIGTERM"):
+        signal.raise_signal(signal.SIGTERM)
+    assert stop() == signal.SIGTERM and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
