@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from learning import make_state
 from processes import run_ranks
-from runs import load
+from runs import load, shrink
 
 from detbb.config.schema import Config
 from detbb.core.errors import ProcessLost, Stopped, UserError
@@ -111,6 +111,7 @@ def alone(folder: Path, case: str) -> tuple[list[Any], list[dict[str, float]], l
 
 
 def together(folder: Path) -> dict[str, Any]:
+    shrink()
     found: dict[str, Any] = {}
     for case in CASES:
         images, losses, state = learn_case(folder, case, "fp64", STEPS)
@@ -141,7 +142,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     read_split(case_config(folder, CASES[0]).data["shapes"], "train", "shapes")  # generates the images
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["detbb.training.loop"])
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
+    with ProcessPoolExecutor(2, mp_context=context, initializer=shrink) as pool:
         found = dict(zip(CASES, pool.map(alone, [folder] * len(CASES), CASES), strict=True))
     return folder, found, run_ranks(together, 2, folder, timeout_s=900)
 
@@ -238,6 +239,7 @@ def branches(file: str, out: str, mutant: bool) -> list[tuple[str, dict[str, str
 
 
 def all_branches(file: str, out: str) -> Any:
+    shrink()
     return branches(file, out, False), branches(file, f"{out}-mutant", True)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from runs import TINY
 
@@ -36,6 +37,7 @@ print("DONE")
 """
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_never_ask_the_network(tmp_path):
     """Python's audit hooks see every connection and name look-up, also while modules are imported."""
     file = tmp_path / "run.yaml"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from processes import run_ranks
-from runs import TINY, learned, lines, load, tiny_config
+from runs import TINY, learned, lines, load, shrink, tiny_config
 
 from detbb.checkpoint.content import read_checkpoint
 from detbb.data.formats import read_split
@@ -101,6 +101,7 @@ def config_file(folder: Path, images: Path) -> Path:
 
 
 def _train(file: str) -> None:
+    shrink()
     train(load_config(file, OPTIONS))
 
 
