@@ -269,6 +269,13 @@ def test_bases_may_stand_in_a_row_of_eight_and_the_nearest_wins(tmp_path: Path, 
     assert "at most 8 bases in a row" in error_of(tmp_path / "9.yaml")
 
 
+def test_a_run_of_an_older_version_goes_on_with_its_config(tmp_path: Path, file: Path):
+    """Its config.yaml says `carried` for what is `inherited_heads` now."""
+    old = tmp_path / "old.yaml"
+    old.write_text(file.read_text() + "carried: [objects]\n")
+    assert load_config(old).inherited_heads == ["objects"]
+
+
 def test_steps_replace_epochs_of_a_base_and_freeze_its_phases(tmp_path: Path, file: Path):
     child, grandchild = tmp_path / "child.yaml", tmp_path / "grandchild.yaml"
     child.write_text("base: run.yaml\ntrain: {epochs: 3}\nfreeze: [neck]\n")

@@ -246,6 +246,12 @@ def test_two_starts_at_once_are_one_run(tmp_path):
         claim_run_folder(config, start, folder, lock)
     with FolderLock() as lock, pytest.raises(UserError, match="already holds a run"):
         claim_run_folder(config, start, folder, lock)
+    folder.folder.mkdir()
+    folder.path(
+        2
+    ).touch()  # of a run that came and went while the other, a `--resume` that found nothing, read its data
+    with FolderLock() as lock, pytest.raises(UserError, match="already holds a run"):
+        claim_run_folder(config, ResumePoint(step=0), folder, lock)
 
 
 def test_a_refused_resume_leaves_the_folder_as_it_was(tmp_path, images):

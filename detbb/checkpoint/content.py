@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from detbb.checkpoint.untrusted import build_exactly, check_shapes, check_values
+from detbb.config.loading import with_new_names
 from detbb.config.schema import Config, DataConfig
 from detbb.core.errors import UserError, some, unknown_name
 from detbb.core.files import BadFile, load_tensors
@@ -127,7 +128,7 @@ def upgraded(content: Any) -> Any:
     """What an older version of detbb wrote, in today's form; anything else as it is."""
     if isinstance(content, dict) and content.get("format_version") == 1 and isinstance(content.get("config"), dict):
         content["format_version"] = 2
-        content["config"]["inherited_heads"] = content["config"].pop("carried", [])
+        content["config"] = with_new_names(content["config"])
     return content
 
 

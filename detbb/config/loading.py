@@ -35,6 +35,7 @@ _UNSET = {  # a key that a later layer sets -> what it unsets in the earlier one
     "freeze": {"phases": []},
     "phases": {"freeze": []},
 }
+_RENAMED = {"carried": "inherited_heads"}  # an older version's key -> today's, so that its runs go on
 _SECRET = re.compile(r"KEYS?(?:_|$)|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _RESOLVED = re.compile(r"\$\{\s*(?P<key>[\w.\[\]]+)\s*\}|\$\{\s*oc\.env\s*:\s*(?P<variable>\w+)\s*(?:,[^${}]*)?\}")
 _MISSING_VARIABLE = re.compile(r"Environment variable '(.*?)' not found")
@@ -43,6 +44,11 @@ _MISSING_VARIABLE = re.compile(r"Environment variable '(.*?)' not found")
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain dicts, lists and scalars, that `config_from_dict` reads back to an equal configuration."""
     return config.model_dump(warnings=False)
+
+
+def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the keys that older versions of detbb wrote under another name."""
+    return {_RENAMED.get(key, key): value for key, value in values.items()}
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -66,7 +72,7 @@ class Sources:
         else:
             values = config_to_dict(source) if isinstance(source, Config) else dict(source)
             files = _with_bases(("the given configuration", values), None)
-        return cls(files, [override_layer(text) for text in overrides])
+        return cls([(name, with_new_names(v)) for name, v in files], [override_layer(text) for text in overrides])
 
     def merged_onto(self, values: dict[str, Any]) -> dict[str, Any]:
         for layers in (*([file] for file in self.files), self.overrides):

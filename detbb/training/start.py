@@ -370,6 +370,8 @@ def claim_run_folder(config: Config, start: ResumePoint, folder: CheckpointFolde
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     lines = lock.take(output_dir)
+    if start.path is None and folder.steps():  # another run came and went since `find_start` looked
+        raise _holds_a_run(config)
     if start.step is None:
         try:
             (output_dir / "config.yaml").open("x").close()

@@ -36,7 +36,8 @@ def check_partners(
     suffix that files in `folder` may have.
     """
     there = [n for n in files_below(folder, {suffix}) if PurePosixPath(n).name.lower() not in NOT_LABELS]
-    found = {image for image, name in wanted.items() if name in set(there) or (folder / name).is_file()}
+    listed = set(there)
+    found = {image for image, name in wanted.items() if name in listed or (folder / name).is_file()}
     missing = [image for image in wanted if image not in found]
     known = {*wanted.values(), *(stem + suffix for stem in stems)}
     alone = [name for name in there if name not in known]
