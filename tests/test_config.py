@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import detbb
 from detbb.config.loading import config_to_dict, save_config
 from detbb.config.schema import Config
 from detbb.core.errors import UserError
@@ -422,6 +425,8 @@ def detbb_command(root: Path, *arguments: str) -> subprocess.CompletedProcess[st
         (["train", "--help"], 0, "usage: train.py"),
         pytest.param(["eval", "nope.pt"], 2, "error: checkpoint nope.pt: no such file", marks=pytest.mark.slow),
         (["trian"], 2, "error: usage: detbb {check_data,checkpoint,eval,export,predict,train}"),
+        (["--help"], 0, "usage: detbb COMMAND"),
+        (["--version"], 0, f"detbb {detbb.__version__}"),
     ],
 )
 def test_the_command_of_an_editable_installation_runs_the_tools(arguments: list[str], code: int, said: str):
@@ -435,6 +440,30 @@ def test_the_command_of_a_wheel_runs_its_own_tools(tmp_path: Path):
     (tmp_path / "detbb_tools" / "train.py").write_text("print('its own')")
     assert detbb_command(tmp_path, "train", "--help").stdout.startswith("its own")
     assert detbb_command(tmp_path, "trian").stderr.startswith("error: usage: detbb {check_data,checkpoint,eval,")
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "detbb", "--help"], capture_output=True, text=True, cwd=REPOSITORY)
+    tools = {path.stem for path in (REPOSITORY / "tools").glob("*.py")}
+    assert done.returncode == 0 and {line.split()[0] for line in done.stdout.splitlines()[2:]} == tools
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("mine.yaml", "--config; did you mean --config mine.yaml?"),
+        ("--config mine.yaml --lr 0.1", "arguments: --lr; overrides are written optimizer.lr=0.1"),
+        ("--config mine.yaml --epochs=10", "arguments: --epochs=10; overrides are written optimizer.lr=0.1"),
+    ],
+)
+def test_a_command_written_as_for_another_tool_is_answered(arguments: str, said: str):
+    parse = runpy.run_path(str(REPOSITORY / "tools/train.py"))["parse"]
+    with pytest.raises(UserError, match=re.escape(said)):
+        parse(arguments.split())
+
+
+def test_an_override_that_the_shell_parted_is_answered_with_quotes(file: Path):
+    assert "quote what has spaces, such as 'freeze=[backbone, neck]'" in error_of(file, "freeze=[backbone,", "neck]")
 
 
 @pytest.mark.parametrize("tool", sorted((REPOSITORY / "tools").glob("*.py")), ids=lambda p: p.name)

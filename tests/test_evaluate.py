@@ -18,7 +18,7 @@ from planted import DataSet, semantic
 from processes import run_ranks
 
 from detbb.checkpoint.branches import extract
-from detbb.checkpoint.content import load_detector, open_checkpoint
+from detbb.checkpoint.content import checkpoint_file, load_detector, open_checkpoint
 from detbb.config.schema import Config, TrainConfig
 from detbb.core.errors import UserError
 from detbb.data.formats import read_split
@@ -327,6 +327,19 @@ def test_an_unwritable_output_is_refused_before_the_work(run: Path, tmp_path: Pa
     with pytest.raises(UserError, match="is a folder"):
         extract(checkpoint, "objects", output=tmp_path, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_folder_means_its_best_checkpoint(run: Path, tmp_path: Path, capsys) -> None:
+    folder = run / "run"
+    assert checkpoint_file(folder) == folder / "checkpoints/best.pt"
+    assert checkpoint_file(folder / "checkpoints") == folder / "checkpoints/best.pt"
+    assert evaluate(folder) == evaluate(folder / "checkpoints/best.pt")
+    assert f"{folder}: best.pt ({folder}/checkpoints/best.pt)" in capsys.readouterr().err
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.pt").hardlink_to(checkpoint_of(run))
+    assert open_checkpoint(tmp_path)["step"] == 3 and "last.pt" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is a folder without"):
+        open_checkpoint(run)
 
 
 def test_another_config_gives_the_data_and_keeps_the_branches(run: Path, tmp_path: Path) -> None:

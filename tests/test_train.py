@@ -94,7 +94,7 @@ def test_an_interrupted_evaluation_is_made_up_for(monkeypatch, tmp_path, images,
     assert stopped.value.signal == signal.SIGINT and not lines(tmp_path / "run", "val")
     last = (tmp_path / "run" / "log.txt").read_text().splitlines()[-1]
     assert "  stopped by SIGINT after step 5; checkpoint " in last and last.endswith("; go on with --resume")
-    train(config, resume="auto")
+    train(config, resume=str(tmp_path / "run"))
     train(config, resume="auto")
     assert "complete: step 10 of 10; raise train.steps" in (tmp_path / "run" / "log.txt").read_text()
     assert learned(tmp_path / "run") == learned(whole) and lines(tmp_path / "run", "val") == lines(whole, "val")

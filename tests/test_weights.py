@@ -266,6 +266,27 @@ def test_the_conversion_line_of_the_error_works(model, tmp_path, name, write):
     assert "PyTorch 2.6" not in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_conversion_line_works_on_a_pickled_module(model, tmp_path, wrapped):
+    module = torchvision.models.resnet18()
+    module.load_state_dict(model)
+    torch.save({"model": module, "date": Path("x")} if wrapped else module, tmp_path / "IN.pth")
+    with pytest.raises(UserError) as error:
+        load_backbone_weights(fresh(), str(tmp_path / "IN.pth"))
+    line = re.search(r'python -c "(.*)"', str(error.value))[1]
+    exec(line.replace("'IN'", repr(str(tmp_path / "IN.pth"))).replace("OUT.pth", str(tmp_path / "OUT.pth")), {})
+    backbone = fresh()
+    load_backbone_weights(backbone, str(tmp_path / "OUT.pth"))
+    assert_holds(backbone, model)
+
+
+def test_a_file_that_is_no_pickle_is_not_to_be_converted(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train: {steps: 2}\n")
+    with pytest.raises(UserError, match="is not a PyTorch file") as error:
+        read_tensors(tmp_path / "mine.yaml")
+    assert "python -c" not in str(error.value)
+
+
 def test_damaged_files_are_refused_in_one_line(tmp_path):
     state = {"conv1.weight": torch.ones(64, 3, 7, 7)}
     whole = Path(save(state, tmp_path / "whole.pth"))

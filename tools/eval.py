@@ -14,7 +14,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "Evaluate every branch of a checkpoint that has data for the split, or those named.",
         "python tools/eval.py runs/shapes_fcos/checkpoints/best.pt --output-dir /tmp/eval eval.batch_size=4",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="a .pt file of a run's checkpoints/")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a .pt file, or a run folder (its best.pt, else last.pt)")
     parser.add_argument("--config", metavar="FILE", help="data and settings to use instead of those in the checkpoint")
     parser.add_argument("--head", nargs="+", metavar="NAME", help="only these branches")
     parser.add_argument("--split", default="val", choices=["val", "train"], help="which images (default: val)")

@@ -14,7 +14,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "Write all branches of a checkpoint to one ONNX file, from uint8 image to detections, checked against PyTorch.",
         "python tools/export.py runs/shapes_fcos/checkpoints/best.pt -o model.onnx --size 128 160",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="a .pt file of a run's checkpoints/")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a .pt file, or a run folder (its best.pt, else last.pt)")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the ONNX file to write")
     parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="input size (default: data's image_size)")
     parser.add_argument("--head", nargs="+", metavar="NAME", help="only these branches")

@@ -14,7 +14,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "Predict on images: a picture of each image and branch, and predictions.json.",
         "python tools/predict.py runs/shapes_fcos/checkpoints/best.pt data/shapes/val --output-dir /tmp/predictions",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="a .pt file of a run's checkpoints/")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a .pt file, or a run folder (its best.pt, else last.pt)")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, or folders that are searched throughout")
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="where pictures and predictions.json go")
     parser.add_argument("--head", nargs="+", metavar="NAME", help="only these branches")

@@ -19,7 +19,7 @@ def parse(arguments: list[str]):
         nargs="?",
         const="auto",
         metavar="auto|CKPT",
-        help="go on from a checkpoint; alone: the newest valid one of output_dir, or a fresh start if there is none",
+        help="go on from a checkpoint, or a run folder's newest; alone: output_dir's, or a fresh start if it has none",
     )
     parser.add_import()
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.batch_size=8")

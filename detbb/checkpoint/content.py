@@ -18,6 +18,7 @@ from torch import Tensor
 from detbb.checkpoint.untrusted import build_exactly, check_shapes, check_values
 from detbb.config.loading import with_new_names
 from detbb.config.schema import Config, DataConfig
+from detbb.core.console import warn
 from detbb.core.errors import UserError, some, unknown_name
 from detbb.core.files import BadFile, load_tensors
 from detbb.core.forms import Form
@@ -148,10 +149,32 @@ def _contradiction(content: Mapping[str, Any]) -> str | None:
     return None
 
 
+def checkpoint_file(path: Path | str, *, key: str = "checkpoint") -> Path:
+    """The file that the user means by `path`: itself; of a run folder best.pt, or last.pt where there is none.
+
+    Raises: UserError: a folder that holds neither.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    files = [path / inside / name for name in ("best.pt", "last.pt") for inside in ("checkpoints", "")]
+    if (found := next((file for file in files if file.is_file()), None)) is None:
+        raise UserError(
+            f"{key} {path}: is a folder without checkpoints/best.pt or last.pt; name a run folder or a file"
+        )
+    return found
+
+
 def open_checkpoint(path: Path | str, *, key: str = "checkpoint") -> dict[str, Any]:
-    """`read_checkpoint` for a file that the user named, as `key`: what is wrong with it becomes a UserError."""
+    """`read_checkpoint` for what the user named, as `key`: what is wrong with it becomes a UserError.
+
+    Says which file was taken of a run folder.
+    """
+    file = checkpoint_file(path, key=key)
+    if file != Path(path):
+        warn(f"{path}: {file.name} ({file})")
     try:
-        return read_checkpoint(path)
+        return read_checkpoint(file)
     except BadFile as error:
         raise UserError(f"{key} {error}") from error
 

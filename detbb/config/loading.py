@@ -206,6 +206,8 @@ def override_layer(text: str) -> Layer:
     parts = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
     if parts[:2] == ["optimizer", "lr_mult"] and len(parts) > 2:
         parts = [*parts[:2], ".".join(parts[2:])]  # its keys are submodule names, with dots
+    if value[0] in "[{" and value.endswith(","):  # the shell parted it at a space
+        raise UserError(f"{origin}: ends inside a list; quote what has spaces, such as 'freeze=[backbone, neck]'")
     layer: Any = _parse(value, origin)
     for part in reversed(parts):
         layer = {part: layer}

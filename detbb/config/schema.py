@@ -338,7 +338,8 @@ class Config(Section):
     output_dir: str = "runs/run"
     """The run folder."""
     init_from: str | None = None
-    """A checkpoint: every matching tensor starts from it; heads it lacks start fresh; a report says which."""
+    """A checkpoint, or a run folder (its best.pt, else last.pt): every matching tensor starts from it; heads it lacks
+    start fresh; a report says which."""
     backbone: BackboneConfig = BackboneConfig()
     neck: NeckConfig = NeckConfig()
     data: dict[str, DataConfig] = {}

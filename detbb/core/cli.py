@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import detbb
 from detbb.core.errors import ProcessLost, RunFailed, Stopped, UserError, printable, tell_torchrun
 
 
@@ -27,9 +28,20 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
+        self._given: list[str] = []
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = [*args]
+        return super().parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        file = next((word for word in self._given if word.endswith((".yaml", ".yml"))), None)
+        hint = ""
+        if message.endswith("required: --config") and file is not None:
+            hint = f"; did you mean --config {file}?"
+        elif message.startswith("unrecognized") and any(action.dest == "overrides" for action in self._actions):
+            hint = "; overrides are written optimizer.lr=0.1 train.epochs=10, without dashes"
+        raise UserError(f"{message}{hint}; see {self.prog} --help")
 
     def add_import(self) -> None:
         """`--import MODULE`, for commands on a checkpoint: the user says which code may run, not the file."""
@@ -70,10 +82,19 @@ def run(main: Callable[[], object]) -> NoReturn:
 
 
 def command() -> NoReturn:
-    """`detbb train …` is `python tools/train.py …`: for where the package is installed and the repository is not."""
+    """`detbb train …`, or `python -m detbb train …`, is `python tools/train.py …`, also where no repository is."""
     root = Path(__file__).resolve().parents[2]
     folder = root / "detbb_tools" if (root / "detbb_tools").is_dir() else root / "tools"  # an editable installation's
     tools = {path.stem: path for path in sorted(folder.glob("*.py"))}
+    if sys.argv[1:2] in (["--help"], ["-h"]):
+        print("usage: detbb COMMAND ..., each with --help; detbb --version\n")
+        for name, path in tools.items():
+            first_line = path.read_text(encoding="utf-8").partition("\n")[0]
+            print(f"  {name:12}{first_line.strip(chr(34)).partition('; see')[0]}")
+        sys.exit(0)
+    if sys.argv[1:2] == ["--version"]:
+        print(f"detbb {detbb.__version__}")
+        sys.exit(0)
     if len(sys.argv) < 2 or sys.argv[1] not in tools:
         print(f"error: usage: detbb {{{','.join(tools)}}} ..., each with --help", file=sys.stderr)
         sys.exit(2)

@@ -55,7 +55,9 @@ Renames = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 CONVERT = (
     "; weights are read without running code, and a pickle can run any; if you trust it, convert it once: python -c "
-    "\"import pickle,torch; d={load}; d=d.get('model',d.get('state_dict',d.get('blobs',d))); "
+    '"import pickle,torch; d={load}; '
+    "d=d.get('model',d.get('state_dict',d.get('blobs',d))) if isinstance(d,dict) else d; "
+    "d=d.state_dict() if hasattr(d,'state_dict') else d; "
     "torch.save({{k:torch.as_tensor(v) for k,v in d.items() if hasattr(v,'dtype')}},'OUT.pth')\""
 )
 LOAD_PICKLE = "pickle.load(open('IN','rb'),encoding='latin1')"
@@ -153,7 +155,11 @@ def read_tensors(path: Path) -> dict[str, Any]:
         pickled = path.suffix == ".pkl" and not zipfile.is_zipfile(path)
         content = read_arrays(path) if pickled else None
         if content is None:
-            hint = CONVERT.format(load=LOAD_PICKLE if pickled else LOAD_TORCH) if "other than" in str(error) else ""
+            hint = ""
+            if "other than" in str(error) and (
+                pickled or path.open("rb").read(1) in (b"\x80", b"P")
+            ):  # or it is no pickle
+                hint = CONVERT.format(load=LOAD_PICKLE if pickled else LOAD_TORCH)
             raise UserError(f"backbone.weights: {error}{hint}") from error
     except SafetensorError as error:
         raise UserError(f"backbone.weights: {path}: not a whole safetensors file ({error})") from error

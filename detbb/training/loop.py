@@ -49,7 +49,7 @@ def train(config: Config, *, resume: str | None = None) -> Path:
 
         last = detbb.train(detbb.load_config("mine.yaml"), resume="auto")
 
-    resume: None for a fresh run, `auto` for the newest valid checkpoint of the run folder, or a checkpoint file.
+    resume: None for a fresh run, `auto` for the newest valid checkpoint of the run folder, or a file or run folder.
     Raises: UserError: config, data or checkpoint cannot work; Stopped: a signal came, and a checkpoint is safe.
     """
     with processes(config) as device, StopSignals() as stop, FolderLock() as lock, worker_failures():

@@ -128,10 +128,16 @@ def _find_start(config: Config, resume: str | None) -> ResumePoint:
         if (Path(config.output_dir) / "config.yaml").exists() or folder.steps():
             raise _holds_a_run(config)
         return ResumePoint()
-    if resume != "auto":
-        path, checkpoint = Path(resume), checkpoints.open_checkpoint(resume, key="--resume")
+    named = None if resume == "auto" else Path(resume)
+    if named is not None and named.is_dir():
+        inside = named / "checkpoints"
+        folder = CheckpointFolder(inside if inside.is_dir() else named, config.checkpoint.keep)
+    if named is not None and not named.is_dir():
+        path, checkpoint = named, checkpoints.open_checkpoint(named, key="--resume")
     elif (found := folder.newest()) is not None:
         path, checkpoint, passed = found
+    elif named is not None:
+        raise UserError(f"--resume {resume}: is a folder without a checkpoint; name a run folder or a file")
     else:
         note = f"--resume: no checkpoint in {folder.folder} yet, so this is a fresh start"
         return ResumePoint(step=0, notes=[note])
@@ -261,9 +267,10 @@ def start_detector(config: Config, start: ResumePoint, train: Data) -> tuple[Det
     Raises: UserError: weights or inherited heads do not fit.
     """
     torch.manual_seed(config.seed)
-    given = start.checkpoint
+    given, source = start.checkpoint, None
     if given is None and config.init_from is not None:
-        given = checkpoints.open_checkpoint(config.init_from, key="init_from")
+        source = checkpoints.checkpoint_file(config.init_from, key="init_from")
+        given = checkpoints.open_checkpoint(source, key="init_from")
     classes = {name: ClassList.of_data(train[head.data]) for name, head in config.own_heads.items()}
     if given is not None:  # what a resumed run did not inherit is no head of it: `_check_fit` refuses it
         only = None if start.checkpoint is None else given["config"]["inherited_heads"]
@@ -285,7 +292,7 @@ def start_detector(config: Config, start: ResumePoint, train: Data) -> tuple[Det
         start.notes += [coverage.table(), *coverage.notes]
         random -= pretrained
     if given is not None:  # after the weights: these go into what the checkpoint lacks
-        report = checkpoints.init_from(detector, given, str(config.init_from))
+        report = checkpoints.init_from(detector, given, str(source))
         report.inherited_heads = list(config.inherited_heads)
         start.notes += report.lines()
         random = random - set(report.loaded) | set(report.reset)

@@ -1010,7 +1010,7 @@ MISFIT = "do not fit its own config"
 MOST = "at most .* valid in a file"
 FILE_FAULTS = [
     FileFault("file missing", "checkpoint", "no such file", lambda f: f.folder / "none.pt"),
-    FileFault("a folder", "checkpoint", "not a regular file", lambda f: f.folder),
+    FileFault("a folder", "checkpoint", "is a folder without", lambda f: f.folder),
     FileFault(
         "a FIFO", "checkpoint", "not a regular file", lambda f: (os.mkfifo(f.folder / "p.pt"), f.folder / "p.pt")[1]
     ),

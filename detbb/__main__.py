@@ -1,0 +1,3 @@
+from detbb.core.cli import command
+
+command()
