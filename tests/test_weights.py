@@ -280,9 +280,10 @@ def test_the_conversion_line_works_on_a_pickled_module(model, tmp_path, wrapped)
     assert_holds(backbone, model)
 
 
-def test_a_file_that_is_no_pickle_is_not_to_be_converted(tmp_path):
-    (tmp_path / "mine.yaml").write_text("train: {steps: 2}\n")
-    with pytest.raises(UserError, match="is not a PyTorch file") as error:
+@pytest.mark.parametrize("text", ["train: {steps: 2}\n", "<html>404</html>"])
+def test_a_file_that_is_no_pickle_is_not_to_be_converted(tmp_path, text):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"mine\.yaml: ") as error:
         read_tensors(tmp_path / "mine.yaml")
     assert "python -c" not in str(error.value)
 
