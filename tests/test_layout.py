@@ -37,6 +37,7 @@ ORDER = (
     "report",
     "inference",
     "training",
+    "__main__",  # python -m detbb
 )
 
 
