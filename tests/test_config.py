@@ -462,7 +462,7 @@ def test_a_command_written_as_for_another_tool_is_answered(arguments: str, said:
         parse(arguments.split())
 
 
-def test_an_override_parted_by_the_shell_is_answered_with_quotes(file: Path):
+def test_an_override_parted_by_the_shell_gets_quotes(file: Path):
     assert "quote what has spaces, such as 'freeze=[backbone, neck]'" in error_of(file, "freeze=[backbone,", "neck]")
 
 
