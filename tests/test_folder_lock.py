@@ -40,6 +40,7 @@ def pause_in_step_3() -> None:
     loop.train_step = slow
 
 
+@pytest.mark.slow
 def test_a_second_run_on_a_folder_is_told_which_is_the_first(tmp_path_factory):
     folder, images = tmp_path_factory.mktemp("job"), tmp_path_factory.mktemp("images")
     first = Job(folder, SHORT, data=images, faults=[pause_in_step_3])

@@ -24,6 +24,7 @@ def images(tmp_path_factory):
     return tmp_path_factory.mktemp("images")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", MACHINE_FAULTS, ids=lambda f: f.title)
 def test_a_fault_of_the_machine_has_its_documented_outcome(tmp_path, images, fault: MachineFault):
     options = ("train.steps=4", "checkpoint.every=1", "checkpoint.keep=2", "data.shapes.val=null", *fault.options)
@@ -38,6 +39,7 @@ def test_a_fault_of_the_machine_has_its_documented_outcome(tmp_path, images, fau
         assert newest_step(tmp_path / "run") == fault.step
 
 
+@pytest.mark.slow
 def test_a_worker_that_drops_a_batch_would_hang_the_run(tmp_path, images):
     """The mutant of what ends a worker that cannot hand its batch over."""
     from planted import limit_files_to_a_batch

@@ -207,6 +207,7 @@ def all_cases():
     return sync_cases(), autocast_and_ddp()
 
 
+@pytest.mark.slow
 def test_sync_norm_on_two_processes_is_bn_on_the_whole_batch():
     (results, (near, grad)), (others, (_, other_grad)) = run_ranks(all_cases, 2)
     for name, worst in [*results.items(), *others.items()]:
