@@ -42,7 +42,8 @@ class Detector(Freezable):
         self.classes: dict[str, ClassList] = {}
         self.sources: dict[str, str] = {}  # head -> the data it learns from
         self.loss_weights: dict[str, float] = {}
-        self.compiled: Callable[[PrecomputedFeatures], dict[str, Tensor]] | None = None  # `resume`, for training steps
+        # `forward_from`, compiled; used in training steps only
+        self.compiled: Callable[[PrecomputedFeatures], dict[str, Tensor]] | None = None
 
     def head(self, name: str) -> Head:
         return cast(Head, self.heads[name])

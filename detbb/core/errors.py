@@ -17,7 +17,7 @@ _UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\
 class UserError(ValueError):
     """What the user gave cannot work: what is wrong, the value, what is valid, where. Commands exit with 2."""
 
-    same_on_all_ranks = False  # every rank raises the same error, so one of them says it
+    same_on_all_ranks = False  # True where every rank raises this error, so that rank 0 alone prints it
 
 
 class RunFailed(RuntimeError):
