@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torchvision.ops import FrozenBatchNorm2d
 
 from detbb.core.errors import UserError, nearest, some
@@ -69,19 +70,25 @@ def freeze(module: AnyModule, names: Sequence[str], *, norm_rules: Sequence[Norm
 
     It holds through `.train()`, `copy.deepcopy` and pickling. A parameter that the user switched off stays off until
     the user switches it on. Build the optimizer and wrap in DDP after this call: DDP reduces only what was trained when
-    it was built. norm_rules: None keeps those given before.
+    it was built. What a call on a module inside `module` froze stays frozen. norm_rules: None keeps those given before.
 
-    Raises: UserError: a name is not a submodule, and then nothing is changed; lists the valid ones.
+    Raises: UserError: a name is not a submodule (lists the valid ones), or the module is a DDP, scripted or itself
+    parametrized; then nothing is changed.
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         raise UserError("freeze: DDP reduces what was trained when it was made; freeze its .module, and wrap that anew")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UserError("freeze: a scripted module cannot be given another class; freeze it before torch.jit.script")
+    if is_parametrized(module) and not isinstance(module, Freezable):
+        raise UserError("freeze: the module itself is parametrized; freeze it first, or freeze a module that holds it")
     before, after = _freezing(module), _freezing(module, names)
     if norm_rules is not None:
         after = replace(after, norm_rules=tuple(norm_rules))
     fixed = _fixed_parameters(module, after)
-    rested: list[nn.Module] = []
-    with suppress(UserError):  # a part that was frozen may have been replaced since
-        rested = _held(module, before, "fixed_statistics")
+    rested = _held(module, replace(before, names=()), "fixed_statistics")
+    for name in before.names:
+        with suppress(UserError):  # a part that was frozen may have been replaced since
+            rested += [part for _, part in resolve(module, name)]
     switched_off = set()
     for name, parameter in module.named_parameters():
         if parameter.requires_grad or name in before.switched_off:
@@ -175,16 +182,13 @@ def frozen_names(module: nn.Module, names: Sequence[str] | None = None) -> list[
 
         detbb.frozen_names(model)
 
-    Parameters that are not trained, and buffers of frozen parts, of norms with fixed statistics, and of frozen norms.
+    Parameters that are not trained or that are of a frozen part, even if something switched their gradient on again;
+    and buffers of frozen parts, of norms with fixed statistics, and of frozen norms.
     """
-    parameters = dict(module.named_parameters())
-    trained = {id(parameters[name]) for name in trained_names(module, names)}
+    parameters, told = dict(module.named_parameters()), _freezing(module, names)
+    trained = {id(parameters[name]) for name in trained_names(module, names)} - _fixed_parameters(module, told)
     found = {n for n, p in module.named_parameters(remove_duplicate=False) if id(p) not in trained}
-    resting = _held(module, _freezing(module, names), "fixed_statistics")
-    for inner in module.modules():  # one that was frozen in itself, such as the one in a DDP
-        if isinstance(inner, Freezable) and inner is not module:
-            resting += _held(inner, inner._freezing, "fixed_statistics")
-    eval_only = {id(m) for part in resting for m in part.modules()}
+    eval_only = {id(m) for part in _held(module, told, "fixed_statistics") for m in part.modules()}
     for prefix, m in module.named_modules(remove_duplicate=False):
         if id(m) in eval_only or isinstance(m, FrozenBatchNorm2d):
             found |= {name for name, _ in m.named_buffers(prefix, recurse=False)}
@@ -209,17 +213,19 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(head + b"\0" + flat.numpy().data).hexdigest()
 
 
-def digests(source: nn.Module | Mapping[str, Tensor], names: Iterable[str] | None = None) -> dict[str, str]:
+def digests(source: nn.Module | Mapping[str, Any], names: Iterable[str] | None = None) -> dict[str, str]:
     """SHA-256 (hex) of tensors by state-dict name.
 
         before = detbb.digests(model)
 
-    Of a module's frozen tensors, of a whole state dict, or of `names` in either.
+    Of a module's frozen tensors, of a whole state dict, or of `names` in either. An entry that is no tensor
+    (`_extra_state`) is skipped.
     """
     if isinstance(source, nn.Module):
         names = frozen_names(source) if names is None else names
         source = source.state_dict()
-    return {name: digest(source[name]) for name in (source if names is None else names)}
+    chosen = source if names is None else names
+    return {name: digest(value) for name in chosen if isinstance(value := source[name], Tensor)}
 
 
 def changed(module: nn.Module, expected: Mapping[str, str]) -> list[str]:
@@ -299,10 +305,17 @@ def _has_tensors(module: nn.Module) -> bool:
 
 
 def _held(module: nn.Module, told: Freezing, switch: str) -> list[nn.Module]:
-    """The frozen parts, and the norms whose `switch` is on: `fixed_statistics` or `fixed_affine`."""
-    frozen = [part for name in told.names for _, part in resolve(module, name)]
-    ruled = [module.get_submodule(rule.part) for rule in told.norm_rules if getattr(rule, switch)]
-    return frozen + [norm for part in ruled for norm in part.modules() if is_norm(norm)]
+    """The frozen parts, and the norms whose `switch` is on: `fixed_statistics` or `fixed_affine`.
+
+    Also those that modules inside were told themselves, such as the one in a DDP.
+    """
+    held: list[nn.Module] = []
+    for holder in module.modules():
+        freezing = told if holder is module else _freezing(holder)
+        held += [part for name in freezing.names for _, part in resolve(holder, name)]
+        ruled = [holder.get_submodule(rule.part) for rule in freezing.norm_rules if getattr(rule, switch)]
+        held += [norm for part in ruled for norm in part.modules() if is_norm(norm)]
+    return held
 
 
 def _fixed_parameters(module: nn.Module, told: Freezing) -> set[int]:

@@ -195,6 +195,66 @@ def test_a_frozen_module_inside_another_stays_frozen():
     assert not changed(outer, before)
 
 
+def nested():
+    """A model with a backbone of stem and body, and a head."""
+    backbone = nn.ModuleDict({"stem": nn.Linear(2, 2), "body": nn.Linear(2, 2)})
+    return nn.ModuleDict({"backbone": backbone, "head": nn.Linear(2, 2)})
+
+
+def test_an_outer_freeze_keeps_what_an_inner_one_holds():
+    model = detbb.freeze(nested(), ["backbone"])
+    detbb.freeze(model["backbone"], ["stem"])
+    asked = detbb.frozen_names(model, [])
+    detbb.freeze(model, [])
+    assert asked == detbb.frozen_names(model) == ["backbone.stem.weight", "backbone.stem.bias"]
+    assert not any(p.requires_grad for p in model["backbone"]["stem"].parameters())
+    assert not model["backbone"]["stem"].training and model["backbone"]["body"].training
+    detbb.freeze(model["backbone"], [])
+    assert detbb.frozen_names(detbb.freeze(model, [])) == []
+
+
+def test_digests_see_what_an_inner_freeze_released():
+    model = nested()
+    detbb.freeze(model["backbone"], ["stem"])
+    detbb.freeze(model, ["backbone"])
+    before = detbb.digests(model)
+    detbb.freeze(model["backbone"], [])
+    assert detbb.digests(model) == before and len(before) == 4
+    with torch.no_grad():
+        model["backbone"]["stem"].weight += 1
+    assert changed(model, before) == ["backbone.stem.weight"]
+
+
+def test_a_frozen_part_that_is_gone_keeps_no_other_at_rest():
+    model = detbb.freeze(nested(), ["backbone.stem", "head"])
+    del model["head"]
+    detbb.freeze(model, [])
+    assert model["backbone"]["stem"].training and model["backbone"]["stem"].weight.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated")
+def test_a_module_that_cannot_change_class_is_refused():
+    model = nn.utils.parametrizations.orthogonal(nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"the module itself is parametrized; freeze it first"):
+        detbb.freeze(model, [])
+    nn.utils.parametrize.remove_parametrizations(model, "weight")
+    frozen = detbb.freeze(nn.Linear(2, 2), [])
+    nn.utils.parametrizations.orthogonal(frozen)
+    nn.utils.parametrize.remove_parametrizations(detbb.freeze(frozen, []), "weight")
+    assert type(model) is nn.Linear and isinstance(frozen, nn.Linear)
+    with pytest.raises(UserError, match=r"freeze it before torch\.jit\.script"):
+        detbb.freeze(torch.jit.script(nn.Linear(2, 2)), [])
+
+
+def test_digests_skip_extra_state_that_is_no_tensor():
+    class Counted(nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+    model = nn.Sequential(Counted(2, 2))
+    assert list(detbb.digests(model.state_dict())) == ["0.weight", "0.bias"]
+
+
 def _under_ddp():
     model = detbb.freeze(made("torchvision"), MODELS["torchvision"][1])
     ddp = DistributedDataParallel(model)
