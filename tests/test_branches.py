@@ -25,7 +25,7 @@ from detbb.inference.evaluate import evaluate
 from detbb.training.loop import train
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "checkpoint.py"
-COMMANDS = ("show", "diff", "extract", "attach", "remove")
+COMMANDS = ("show", "diff", "extract", "attach", "remove", "slim")
 pytestmark = pytest.mark.usefixtures("unsynced", "thin_resnets")
 
 

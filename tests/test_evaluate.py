@@ -17,7 +17,7 @@ from PIL import Image
 from planted import DataSet, semantic
 from processes import run_ranks
 
-from detbb.checkpoint.branches import extract
+from detbb.checkpoint.branches import extract, slim
 from detbb.checkpoint.content import checkpoint_file, load_detector, open_checkpoint
 from detbb.config.schema import Config, TrainConfig
 from detbb.core.errors import UserError
@@ -340,6 +340,20 @@ def test_a_run_folder_means_its_best_checkpoint(run: Path, tmp_path: Path, capsy
     assert open_checkpoint(tmp_path)["step"] == 3 and "last.pt" in capsys.readouterr().err
     with pytest.raises(UserError, match="is a folder without"):
         open_checkpoint(run)
+
+
+def test_a_slim_checkpoint_evaluates_to_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    whole, small = checkpoint_of(run), tmp_path / "slim.pt"
+    assert "averages (EMA) as evaluated" in slim(whole, output=small)[0]
+    assert small.stat().st_size < 0.4 * whole.stat().st_size
+    evaluate(whole, output_dir=tmp_path / "whole", overrides=["eval.weights=ema"])
+    evaluate(small, output_dir=tmp_path / "slim")
+    for head in ("objects", "present"):
+        one, other = (tmp_path / kind / head / "results.json" for kind in ("whole", "slim"))
+        assert one.read_bytes() == other.read_bytes()
+    config = config_from_dict(open_checkpoint(whole)["config"] | {"output_dir": str(tmp_path / "new")}, "test")
+    with pytest.raises(UserError, match=r"--resume: .*'none'; use init_from"):
+        train(config, resume=str(small))
 
 
 def test_another_config_gives_the_data_and_keeps_the_branches(run: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from detbb.config.phases import Phase
 from detbb.core.errors import Stopped, UserError
 from detbb.core.folder_lock import LOCK_FILE, FolderLock
 from detbb.freeze import FrozenTensorChanged
+from detbb.heads.fcos import FcosHead
 from detbb.inference.evaluate import evaluate
 from detbb.report.freeze_report import FreezeJournal
 from detbb.training import evaluation as run_evaluation
@@ -331,11 +332,23 @@ def test_another_order_of_images_is_warned_about_at_a_resume(tmp_path, images):
     assert "another order from here on: data.shapes.train 24 before, 16 now; train.batch_size 4 before, 2 now" in text
 
 
-def test_a_misspelt_best_metric_ends_the_run_with_all_saved(tmp_path, images):
-    config = tiny_config(tmp_path, "eval.best=shapes/bbox/ap", "eval.every=2", "checkpoint.every=5", data=images)
+def test_a_misspelt_best_metric_is_refused_at_the_start(tmp_path, images):
+    config = tiny_config(tmp_path, "eval.best=shapes/bbox/ap", data=images)
     with pytest.raises(UserError, match=r"eval.best: 'shapes/bbox/ap' .* did you mean 'shapes/bbox/AP'"):
         train(config)
-    assert load(tmp_path / "run")["step"] == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["decode", "evaluator"])
+def test_a_head_that_cannot_be_evaluated_ends_at_the_start(monkeypatch, tmp_path, images, method):
+    def broken(self, *_, **__):
+        return self.no_such_thing
+
+    monkeypatch.setattr(FcosHead, method, broken)
+    with pytest.raises(AttributeError, match="no_such_thing") as error:
+        train(tiny_config(tmp_path, data=images))
+    assert "tried on one image before the first step" in str(getattr(error.value, "__notes__", ""))
+    assert not (tmp_path / "run").exists()
 
 
 def test_best_keeps_to_one_kind_of_weights_over_a_resume(monkeypatch, tmp_path, images):

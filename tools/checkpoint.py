@@ -43,7 +43,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         f"{RUN}/1_detector/checkpoints/best.pt pixels.pt -o both.pt",
     )
     remove = add("remove", "Drop a branch.", "both.pt --head pixels -o detector.pt")
-    for command in (extract, attach, remove):
+    slim = add(
+        "slim", "The weights as evaluated, without averages and optimizer state.", f"{RUN}/1_detector -o model.pt"
+    )
+    for command in (extract, attach, remove, slim):
         command.add_argument("checkpoint", metavar="CKPT")
     attach.add_argument("files", nargs="+", metavar="FILE", help="branch files made by `extract`")
     attach.add_argument("--head", metavar="NAME", help="another name for the branch of a single FILE")
@@ -52,7 +55,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     for command in (extract, remove):
         command.add_argument("--head", required=True, metavar="NAME")
-    for command in (extract, attach, remove):
+    for command in (extract, attach, remove, slim):
         command.add_import()
         command.add_argument("-o", "--output", required=True, metavar="FILE")
         command.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")

@@ -173,6 +173,23 @@ def remove(checkpoint: Path | str, head: str, *, output: Path | str, overwrite: 
     return [*lines, _save(output, content)]
 
 
+def slim(checkpoint: Path | str, *, output: Path | str, overwrite: bool = False) -> list[str]:
+    """Write the weights that the checkpoint is evaluated with, and no more: to use, or to start from, not to resume.
+
+    Raises: UserError: the checkpoint cannot be used; `output` exists.
+    """
+    content = _open(checkpoint, output, overwrite)
+    config = stored_config(content)
+    config.ema, averaged = None, content["ema"] is not None
+    if config.eval.weights is not None:
+        config.eval.weights = "model"
+    model = {name: tensor.clone() for name, tensor in evaluated_state(content).items()}
+    content |= {"config": config_to_dict(config), "model": model, "ema": None, "scaler": {}}
+    content["optimizer"] = {"type": "none", "state": {}}  # so --resume refuses it
+    kind = "averages (EMA)" if averaged else "weights"
+    return [f"{_save(output, content)}, with {kind} as evaluated and without optimizer state"]
+
+
 def digest_of(shared: Mapping[str, str]) -> str:
     """SHA-256 over names and digests: one value for the backbone and neck that a branch reads."""
     return hashlib.sha256("".join(f"{n} {shared[n]}\n" for n in sorted(shared)).encode()).hexdigest()

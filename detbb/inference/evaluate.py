@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from detbb.data.formats import read_split
 from detbb.data.formats.semantic import read_mask
 from detbb.data.images import BadImage, read_image
 from detbb.data.loader import eval_loader
+from detbb.data.sample import SampleReader
 from detbb.data.transforms import rasterize
 from detbb.data.workers import worker_failures
 from detbb.detector import Detector
@@ -42,6 +43,7 @@ from detbb.heads.loading import load_config
 from detbb.metrics.evaluators import CocoEvaluator
 from detbb.report import plots
 from detbb.structures.annotations import Annotations
+from detbb.structures.batch import ImageSize, collate
 from detbb.structures.class_list import ClassList
 from detbb.structures.predictions import Predictions
 
@@ -175,6 +177,53 @@ def _run(
                 for target, predictions in zip(batch.targets, predicted[branch.name], strict=True):
                     branch.take(target.image_id, predictions.to_original(target.size).map(Tensor.cpu))
     return True
+
+
+def try_evaluation(detector: Detector, annotations: Mapping[str, Annotations], *, config: Config) -> list[str]:
+    """Let every head decode and evaluate noise in place of its split's first image, so that nothing fails hours later.
+
+    detector: as in `evaluate_detector`; annotations: of the heads to try. Gives lines about `eval.best`. Raises:
+    UserError: `eval.best` is no metric of its head; whatever a head raises, with a note of what was tried.
+    """
+    lines = []
+    for name, split in annotations.items():
+        try:
+            branch = _Branch(detector, name, split, config, draws=0)
+            with torch.random.fork_rng(devices=[]), suppress(FloatingPointError, BadImage):  # training may mend the one
+                metrics = _metrics_of_noise(detector, branch, config)
+                lines += _check_best(config.eval.best or "", branch, metrics)
+        except UserError:
+            raise
+        except Exception as error:
+            error.add_note(f"heads.{name}: forward, decode and evaluator were tried on one image before the first step")
+            raise
+    return lines
+
+
+def _metrics_of_noise(detector: Detector, branch: _Branch, config: Config) -> dict[str, float]:
+    reader = SampleReader(branch.annotations, config.data[config.heads[branch.name].data], train=False)
+    height, width = branch.annotations.sizes[0].tolist()
+    size = ImageSize(reader.transform.size((height, width)), (height, width))
+    noise = torch.randint(256, (3, *size.hw), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = collate([noise], [], "").images.to(next(detector.parameters()).device)
+    (predictions,) = detector.predict(images, [size], heads=[branch.name])[branch.name]
+    branch.evaluator.add(int(branch.annotations.image_ids[0]), predictions.to_original(size).map(Tensor.cpu))
+    return branch.evaluator.summarize(branch.evaluator.state())
+
+
+def _check_best(best: str, branch: _Branch, metrics: Mapping[str, float]) -> list[str]:
+    """Refuse an `eval.best` that is no metric of its head; a line where one image's metrics may not be all."""
+    head, _, metric = best.partition("/")
+    if head != branch.name or metric in metrics or branch.main_metric not in metrics:
+        return []
+    endings = [f"-{name}" for name in branch.annotations.classes]
+    stems = {m.removesuffix(end) for m in metrics for end in endings if m.endswith(end)}
+    if any(f"{stem}{end}" == metric for stem in stems for end in endings):  # a class that the image lacks
+        return []
+    error = unknown_name("eval.best", best, [f"{head}/{m}" for m in metrics])
+    if type(branch.evaluator).__module__.startswith("detbb."):
+        raise error
+    return [f"WARNING: {error}, as one image shows"]
 
 
 def ground_truth(annotations: Annotations, index: int, *, like: Predictions) -> Predictions:

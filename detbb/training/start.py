@@ -24,11 +24,12 @@ from detbb.core.machine import cores
 from detbb.data.doctor.examine import examine
 from detbb.data.loader import train_loader
 from detbb.data.workers import shared_memory_warning
-from detbb.detector import Detector, build_detector
+from detbb.detector import Detector, build_detector, view
 from detbb.distributed.collectives import all_gather_objects, error_on_all_ranks, raise_on_all_ranks, rank, world_size
 from detbb.feature_cache import setup as cache_setup
 from detbb.freeze import digest, tensors_of
 from detbb.heads import find_head
+from detbb.inference.evaluate import try_evaluation
 from detbb.modeling.norm import FrozenBatchNorm2d, SyncBatchNorm
 from detbb.modeling.weights import load_backbone_weights
 from detbb.report import overview
@@ -75,13 +76,17 @@ def start_run(config: Config, resume: str | None, device: torch.device, stop: St
     if start.checkpoint is not None:
         optim.check_state(detector, start.checkpoint["optimizer"]["state"])
         start.notes += check_resume(config, start.checkpoint, train_data, steps=phases[-1].end)
+    detector.to(device)
+    with raise_on_all_ranks():
+        if rank() == 0:
+            splits = {name: val_data[head.data] for name, head in config.own_heads.items() if head.data in val_data}
+            start.notes += try_evaluation(view(detector), splits, config=config)
     folder = Path(config.output_dir)
     checkpoint_folder = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
     with raise_on_all_ranks():
         journal = FreezeJournal(folder / "freeze.json", resumed=start.checkpoint is not None)
         if rank() == 0:
             start.notes += claim_run_folder(config, start, checkpoint_folder, lock)
-    detector.to(device)
     ema = Ema(detector, decay=config.ema.decay, warmup_steps=config.ema.warmup_steps) if config.ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     state = TrainState(detector, ema, config.train, device, scaler)
