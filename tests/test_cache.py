@@ -136,7 +136,8 @@ def a_flipped_bit_or_a_cut_is_no_entry(folder: Path) -> None:
 
 
 def what_is_unfinished_or_unused_is_removed(folder: Path) -> None:
-    names = [f".{'a' * 32}.safetensors.old.tmp", f".{'a' * 32}.safetensors.new.tmp", f"{'b' * 32}.safetensors", "mine"]
+    start = f".{'a' * 32}.safetensors"
+    names = [f"{start}.{'0' * 8}.tmp", f"{start}.{'1' * 8}.tmp", f"{'b' * 32}.safetensors", f"{'b' * 32}.jpg"]
     place = folder / "cache/detbb/data"
     place.mkdir(parents=True)
     old, new, unused, foreign = (place / name for name in names)

@@ -17,9 +17,10 @@ from learning import small_config, small_detector
 from runs import learned, lines, tiny_config
 
 from detbb.config.schema import DataConfig
+from detbb.core.cache import FOLDERS_FILE
 from detbb.core.errors import Stopped, UserError
 from detbb.data import feature_store
-from detbb.data.feature_store import FILE, Plan, Store, open_folder
+from detbb.data.feature_store import Plan, Store, open_folder
 from detbb.data.formats import read_split
 from detbb.data.loader import train_loader
 from detbb.data.sample import SampleReader
@@ -177,7 +178,7 @@ def test_a_full_disk_ends_storing_and_nothing_else(tmp_path, images, monkeypatch
 
 
 REFUSED = {
-    "new images every epoch": ["data.shapes.augment=default"],
+    "set data.shapes.views (4, for example), or use flips only": ["data.shapes.augment=default"],
     "change the size of images": ["data.shapes.augment=[{type: RandomScale}]", "data.shapes.views=2"],
     "pad: source": ["data.shapes.views=2"],
     "different sizes": ["data.shapes.augment=none", "data.shapes.image_size=[64, 128]"],
@@ -281,7 +282,7 @@ def test_an_image_that_changes_while_it_is_read_is_not_stored(on_disk, source):
 @pytest.mark.parametrize("part", ["index", "features"])
 def test_altered_or_torn_bytes_are_no_hit(part, on_disk, source):
     reopened, folder = on_disk
-    spoil(folder / FILE, part)
+    spoil(folder / FOLDERS_FILE, part)
     assert hits(reopened(), source) == [True, False, False, True]
 
 
@@ -311,23 +312,29 @@ def test_a_planted_bug_gives_hits_that_are_stale(bug, tmp_path, source, monkeypa
     monkeypatch.setattr(feature_store, name, planted)
     folder = open_folder(tmp_path / "cache", "", PLAN)
     filled(Store(PLAN, folder), source)
-    spoil(folder / FILE, "features")
+    spoil(folder / FOLDERS_FILE, "features")
     source.path(1).write_bytes(source.path(2).read_bytes())
     assert hits(Store(PLAN, folder), source) == expected
 
 
 def test_a_store_is_a_safetensors_file_that_says_what_it_is_of(on_disk):
-    with safetensors.safe_open(on_disk[1] / FILE, "np") as file:
+    with safetensors.safe_open(on_disk[1] / FOLDERS_FILE, "np") as file:
         assert file.metadata()["about"] == "what 1"
         assert file.get_tensor("index").any(1).all() and file.get_tensor("features").shape == (4, PLAN.record)
 
 
 def test_folders_unused_for_a_month_are_removed_and_others_kept(on_disk, tmp_path):
     (tmp_path / "cache" / "mine").mkdir()
-    for folder in (tmp_path / "cache").iterdir():
-        os.utime(folder, (1, 1))
+    users = tmp_path / "cache" / ("d" * 32)  # also named by a digest
+    users.mkdir()
+    for name in (FOLDERS_FILE, "photo.jpg"):
+        (users / name).touch()
+    (tmp_path / "cache" / f"{'d' * 32}.jpg").touch()
+    for path in (tmp_path / "cache").iterdir():
+        os.utime(path, (1, 1))
     used = open_folder(tmp_path / "cache", "what 2", PLAN)
-    assert {f.name for f in (tmp_path / "cache").iterdir()} == {"mine", used.name}
+    assert {f.name for f in (tmp_path / "cache").iterdir()} == {"mine", users.name, f"{users.name}.jpg", used.name}
+    assert len(list(users.iterdir())) == 2
 
 
 def test_an_entry_whose_row_was_not_written_yet_is_no_hit(tmp_path, source):
@@ -342,7 +349,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     folder = open_folder(tmp_path / "cache", "what 1", PLAN)
     with pytest.raises(UserError, match="is not what this run would write there; remove it"):
         open_folder(tmp_path / "cache", "what 1", dataclasses.replace(PLAN, images=5))
-    with open(folder / FILE, "r+b") as file:
+    with open(folder / FOLDERS_FILE, "r+b") as file:
         file.write(bytes(9))
     with pytest.raises(UserError, match="remove it"):
         open_folder(tmp_path / "cache", "what 1", PLAN)

@@ -229,8 +229,8 @@ class TrainConfig(Section):
     cache_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of stored features. `fp32` loses nothing; the others take half the space."""
     cache_dir: str | None = None
-    """Where `disk` stores features; runs on the same frozen weights and images share them. `null`: `feature_cache`
-    beside `output_dir`."""
+    """Where `disk` stores features, in a folder `feature_cache`; runs on the same frozen weights and images share them.
+    `null`: beside `output_dir`."""
     cache_limit_gb: PositiveFloat = 16.0
     """Most space that the features of a phase may take, in GB (10⁹ bytes)."""
     fold_frozen: Literal["auto", "off"] = "auto"

@@ -28,7 +28,9 @@ ROOM = 5  # times an entry's size must be free on the disk
 UNFINISHED_S = 600.0  # a file or folder that is unfinished for so long was left by a killed process
 UNUSED_S = 30 * 86400.0
 _DTYPES = {"BOOL": "|b1", "U8": "|u1", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}  # safetensors, NumPy
-_OURS = re.compile(r"\.?[0-9a-f]{32}\b")  # what `tidy` may remove; unfinished ones begin with a dot
+FOLDERS_FILE = "features.safetensors"  # all that a folder among the entries holds
+_OUR_FILE = re.compile(r"[0-9a-f]{32}\.safetensors|\.[0-9a-f]{32}\.safetensors\.[0-9a-f]{8}\.tmp")
+_OUR_FOLDER = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.[0-9a-f]{8}")  # unfinished ones begin with a dot
 
 
 def cache_folder() -> Path | None:
@@ -96,12 +98,16 @@ def store(name: str, made_from: object, *, arrays: Mapping[str, np.ndarray], dat
 
 
 def tidy(folder: Path) -> None:
-    """Remove the unfinished entries of killed processes, and entries that were not used for 30 days."""
+    """Remove the unfinished entries of killed processes, and entries that were not used for 30 days; nothing else."""
     for path in folder.iterdir():
         with suppress(OSError):  # another process was faster
             age_s = time.time() - path.stat().st_mtime
-            if _OURS.match(path.name) and age_s > (UNFINISHED_S if path.name.startswith(".") else UNUSED_S):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if age_s <= (UNFINISHED_S if path.name.startswith(".") else UNUSED_S):
+                continue
+            if path.is_file() and _OUR_FILE.fullmatch(path.name):
+                path.unlink()
+            elif _OUR_FOLDER.fullmatch(path.name) and os.listdir(path) == [FOLDERS_FILE]:
+                shutil.rmtree(path)
 
 
 def header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

@@ -25,7 +25,6 @@ from detbb.core.files import make_folder
 from detbb.data.sample import SampleReader
 from detbb.structures.batch import CacheEntry
 
-FILE = "features.safetensors"
 _ROW = 64  # bytes of an index row: SHA-256 of the image file, SHA-256 of that and the record
 
 
@@ -64,7 +63,7 @@ class Store:
             self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 the maps live as long as the store
             _lay_out(self._file, plan, "")
         else:
-            self._file = open(folder / FILE, "r+b")  # noqa: SIM115
+            self._file = open(folder / cache.FOLDERS_FILE, "r+b")  # noqa: SIM115
         self._file.seek(0)
         start = 8 + int.from_bytes(self._file.read(8), "little")
         self._index = np.memmap(self._file, np.uint8, "r+", start, (plan.slots, _ROW))
@@ -138,14 +137,14 @@ def open_folder(root: Path, about: str, plan: Plan) -> Path:
     folder, start = root / cache.key(about), _header(plan, about)
 
     def fill(unfinished: Path) -> None:
-        with open(unfinished / FILE, "wb") as file:
+        with open(unfinished / cache.FOLDERS_FILE, "wb") as file:
             _lay_out(file, plan, about)
 
     try:
         make_folder(folder, fill)
         os.utime(folder)  # marks it as used
         cache.tidy(root)
-        with open(folder / FILE, "r+b") as file:
+        with open(folder / cache.FOLDERS_FILE, "r+b") as file:
             whole = file.read(len(start)) == start and file.seek(0, os.SEEK_END) == len(start) + plan.bytes
     except OSError as error:
         raise UserError(f"train.cache_dir: cannot write {folder}: {error.strerror}") from error

@@ -110,7 +110,8 @@ def _plan(
     variants = reader.variants()
     if variants is None:
         raise Unusable(
-            f"data.{source}.augment makes new images every epoch; say data.{source}.views: 4, say, or flip at most"
+            f"data.{source}.augment makes a new image every epoch, so nothing can be reused; "
+            f"set data.{source}.views (4, for example), or use flips only"
         )
     shapes = np.unique(annotations.sizes, axis=0).tolist()
     sizes = {tuple(map(round_up, reader.transform.size((h, w)))) for h, w in shapes}
@@ -155,7 +156,7 @@ def _check_pays(config: Config, plans: Mapping[str, Plan], steps: int) -> None:
 
 
 def _root(config: Config) -> Path:
-    return Path(config.train.cache_dir or Path(config.output_dir).parent / "feature_cache")
+    return Path(config.train.cache_dir or Path(config.output_dir).parent) / "feature_cache"
 
 
 def _about(config: Config, detector: Detector, source: str, plan: Plan, reader: SampleReader) -> str:
