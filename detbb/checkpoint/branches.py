@@ -20,6 +20,7 @@ from detbb.checkpoint.content import (
     ConfigForm,
     evaluated_state,
     inherit_head,
+    is_version,
     open_checkpoint,
     restore_detector,
     stored_config,
@@ -64,7 +65,7 @@ def read_branch(path: Path | str) -> dict[str, Any]:
         raise UserError(f"branch {error}") from error
     if not isinstance(content, dict) or content.get("kind") != "branch":
         raise UserError(f"{path}: not a branch file; `tools/checkpoint.py extract CKPT --head NAME -o FILE` makes one")
-    if content.get("format_version") != FORMAT_VERSION:
+    if not is_version(content.get("format_version"), FORMAT_VERSION):
         raise UserError(f"{path}: branch format {content.get('format_version')!r}, this version reads {FORMAT_VERSION}")
     wrong = BranchForm.find_error(content)
     if wrong is None and content["shared"]["digest"] != digest_of(content["shared"]["tensors"]):

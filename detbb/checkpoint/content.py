@@ -36,8 +36,13 @@ class _HeadForm(Form, extra="allow"):
     data: str
 
 
+class _BackboneForm(Form, extra="allow"):
+    arch: str
+
+
 class ConfigForm(Form, extra="allow"):
     heads: dict[str, _HeadForm]
+    backbone: _BackboneForm
     inherited_heads: list[str]
 
 
@@ -117,7 +122,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     content = upgraded(load_tensors(path))
     if not isinstance(content, dict) or set(content) != set(KEYS):
         raise BadFile(f"{path}: not a detbb checkpoint (needs the keys {', '.join(KEYS)})")
-    if content["format_version"] != FORMAT_VERSION:
+    if not is_version(content["format_version"], FORMAT_VERSION):
         raise BadFile(f"{path}: checkpoint format {content['format_version']!r}, this version reads {FORMAT_VERSION}")
     wrong = CheckpointForm.find_error(content) or _contradiction(content)
     if wrong is not None:
@@ -125,9 +130,15 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     return content
 
 
+def is_version(value: Any, version: int) -> bool:
+    """Whether what a file calls its version is this one; anything may stand there, also a tensor."""
+    return type(value) is int and value == version
+
+
 def upgraded(content: Any) -> Any:
     """What an older version of detbb wrote, in today's form; anything else as it is."""
-    if isinstance(content, dict) and content.get("format_version") == 1 and isinstance(content.get("config"), dict):
+    old = isinstance(content, dict) and is_version(content.get("format_version"), 1)
+    if old and isinstance(content.get("config"), dict):
         content["format_version"] = 2
         content["config"] = with_new_names(content["config"])
     return content

@@ -982,6 +982,10 @@ def _without_type(f: Files) -> Path:
     return f.with_("config/heads", {name: {} for name in f.content["classes"]})
 
 
+def _without_backbone(f: Files) -> Path:
+    return f.with_("config", {key: value for key, value in f.content["config"].items() if key != "backbone"})
+
+
 def _huge_header(f: Files) -> Path:
     return f.bytes((2**40).to_bytes(8, "little") + b"{}", "x.safetensors")
 
@@ -1081,6 +1085,7 @@ FILE_FAULTS = [
     ),
     FileFault("a key too many", "checkpoint", "not a detbb checkpoint", lambda f: f.with_("extra", 1)),
     FileFault("format of a later version", "checkpoint", "format 9", lambda f: f.with_("format_version", 9)),
+    FileFault("format as a tensor", "checkpoint", "format tensor", lambda f: f.with_("format_version", torch.zeros(2))),
     FileFault("step as text", "checkpoint", "step is a str", lambda f: f.with_("step", "5")),
     FileFault("step below 0", "checkpoint", "step is -1", lambda f: f.with_("step", -1)),
     FileFault("a list among the tensors", "checkpoint", "model.x is a list", lambda f: f.with_("model/x", [1])),
@@ -1097,6 +1102,13 @@ FILE_FAULTS = [
     FileFault("classes of no head", "checkpoint", "classes of no head do not fit", lambda f: f.with_("classes", {})),
     FileFault("config with an unknown key", "checkpoint", "trian", lambda f: f.with_("config/trian", {})),
     FileFault("config empty", "checkpoint", "config.heads is missing", lambda f: f.with_("config", {})),
+    FileFault("config without a backbone", "checkpoint", "config.backbone is missing", _without_backbone),
+    FileFault(
+        "config of a backbone with a list as its name",
+        "checkpoint",
+        "config.backbone.arch is a list",
+        _stored("backbone/arch", ["a"]),
+    ),
     FileFault("config of heads without a type", "checkpoint", r"heads\.\w+\.type is missing", _without_type),
     FileFault(
         "tensor name without a part",
