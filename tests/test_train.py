@@ -18,6 +18,7 @@ from runs import flat, learned, lines, load, tiny_config
 
 from detbb.checkpoint.content import KEYS, load_detector
 from detbb.checkpoint.folder import CheckpointFolder
+from detbb.config.loading import config_to_dict
 from detbb.config.phases import Phase
 from detbb.core.errors import Stopped, UserError
 from detbb.core.folder_lock import LOCK_FILE, FolderLock
@@ -330,6 +331,13 @@ def test_another_order_of_images_is_warned_about_at_a_resume(tmp_path, images):
     train(tiny_config(tmp_path, *SHORT, *other, data=images), resume="auto")
     text = (tmp_path / "run" / "log.txt").read_text()
     assert "another order from here on: data.shapes.train 24 before, 16 now; train.batch_size 4 before, 2 now" in text
+
+
+def test_train_takes_a_file_and_a_dict(tmp_path, images):
+    values = config_to_dict(tiny_config(tmp_path, *SHORT, "train.steps=1", data=images))
+    (tmp_path / "mine.yaml").write_text(json.dumps(values))
+    one = train(values | {"output_dir": str(tmp_path / "one")})
+    assert learned(one.parents[1]) == learned(train(tmp_path / "mine.yaml").parents[1])
 
 
 def test_a_misspelt_best_metric_is_refused_at_the_start(tmp_path, images):

@@ -17,6 +17,7 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ from detbb.feature_cache import setup as cache_setup
 from detbb.feature_cache.cache import FeatureCache
 from detbb.feature_cache.frozen_prefix import FrozenPrefix, compiled, last_frozen
 from detbb.freeze import digests, trained_names
+from detbb.heads.loading import load_config
 from detbb.report import freeze_report as report
 from detbb.report import overview
 from detbb.report.tables import summary_table
@@ -44,14 +46,16 @@ from detbb.training.state import Run, save_checkpoint, saved_while_waiting
 from detbb.training.step import StepResult, read_losses, train_step
 
 
-def train(config: Config, *, resume: str | None = None) -> Path:
+def train(config: Config | str | Path | dict[str, Any], *, resume: str | None = None) -> Path:
     """Train as `config` says and return the path of the last checkpoint; every rank calls it.
 
-        last = detbb.train(detbb.load_config("mine.yaml"), resume="auto")
+        last = detbb.train("mine.yaml", resume="auto")
 
     resume: None for a fresh run, `auto` for the newest valid checkpoint of the run folder, or a file or run folder.
     Raises: UserError: config, data or checkpoint cannot work; Stopped: a signal came, and a checkpoint is safe.
     """
+    if not isinstance(config, Config):
+        config = load_config(config)
     with processes(config) as device, StopSignals() as stop, FolderLock() as lock, worker_failures():
         run = start_run(config, resume, device, stop, lock)
         stop.started = True
