@@ -177,6 +177,17 @@ def test_a_backbone_with_norms_of_its_own_says_so(tmp_path: Path):
     }
 
 
+class OwnForward(OwnNorms):
+    def forward_from(self, after, known):
+        return {name: 2 * x for name, x in super().forward_from(after, known).items()}
+
+
+def test_a_backbone_with_a_forward_of_its_own_is_refused(tmp_path: Path):
+    config = tiny_config(tmp_path, f"backbone.arch='{__name__}:OwnForward'", "backbone.norm=null")
+    with pytest.raises(UserError, match="has a forward_from of its own; valid: stages that run in order"):
+        build_detector(config)
+
+
 @pytest.mark.parametrize(
     ("arch", "message"),
     [

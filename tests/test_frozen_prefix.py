@@ -120,9 +120,8 @@ def test_copies_exist_while_needed_and_return_with_same_bits():
     assert bits_differ(first, prefix(batch).precomputed.levels) == set()
 
 
-class ConvNorm(nn.Sequential):
-    def __init__(self, norm, *, bias=False, **conv):
-        super().__init__(nn.Conv2d(8, 16, 3, padding=1, bias=bias, **conv), norm)
+def conv_norm(norm, *, bias=False, **conv):
+    return nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, bias=bias, **conv), norm)
 
 
 def statistics(norm):
@@ -146,7 +145,7 @@ FOLDABLE = {
 @pytest.mark.parametrize("conv", [{"bias": True}, {"groups": 4}, {"stride": 2}, {"dilation": 2}])
 def test_every_norm_with_statistics_is_folded(kind, conv):
     torch.manual_seed(0)
-    part = ConvNorm(statistics(FOLDABLE[kind]()), **conv).eval()
+    part = conv_norm(statistics(FOLDABLE[kind]()), **conv).eval()
     fast = folded(part, torch.float32)
     assert isinstance(fast[1], nn.Identity) and not isinstance(part[1], nn.Identity)
     assert folded(copy.deepcopy(part).double(), torch.float64)[0].weight.dtype == torch.float64
@@ -155,9 +154,52 @@ def test_every_norm_with_statistics_is_folded(kind, conv):
         assert relative(fast(x), part(x)) < 1e-5
 
 
+class NormFirst(nn.Module):
+    """Defines the convolution first and runs the norm first."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3), statistics(nn.BatchNorm2d(8))
+
+    def forward(self, x):
+        return self.conv(torch.relu(self.norm(x)))
+
+
+class DoublingConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class NormOfRelu(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(torch.relu(x))
+
+
+class Reversed(nn.Sequential):
+    def forward(self, x):
+        return self[0](self[1](x))
+
+
+UNKNOWN = {
+    "norm before convolution": NormFirst,
+    "convolution of one's own": lambda: nn.Sequential(DoublingConv(8, 8, 3), statistics(nn.BatchNorm2d(8))),
+    "norm of one's own": lambda: nn.Sequential(nn.Conv2d(8, 8, 3), statistics(NormOfRelu(8))),
+    "sequence of one's own": lambda: Reversed(nn.Conv2d(8, 8, 3), statistics(nn.BatchNorm2d(8))),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_what_may_run_in_another_order_is_not_folded(kind):
+    torch.manual_seed(0)
+    part = UNKNOWN[kind]().eval()
+    with torch.no_grad():
+        x = torch.randn(2, 8, 12, 10)
+        assert relative(folded(part, torch.float32)(x), part(x)) < 1e-6
+
+
 def test_a_norm_without_statistics_stays():
     for norm in (nn.BatchNorm2d(16, track_running_stats=False), nn.GroupNorm(4, 16)):
-        part = ConvNorm(norm).eval()
+        part = conv_norm(norm).eval()
         x = torch.randn(2, 8, 6, 6)
         with torch.no_grad():
             assert type(folded(part, torch.float32)[1]) is type(norm)

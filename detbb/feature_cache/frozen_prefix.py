@@ -16,13 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import Conv2dNormActivation
+from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from detbb.config.schema import TrainConfig
 from detbb.core.errors import one_line
 from detbb.detector import Detector
 from detbb.freeze import averaged_names, tensors_of
+from detbb.modeling.norm import FrozenBatchNorm2d, SyncBatchNorm
 from detbb.modeling.precision import AUTOCAST
 from detbb.structures.batch import Batch, ImageSize, PrecomputedFeatures
+
+# Exact types, since a subclass may compute something else: modules that run a norm right after the convolution before
+# it among their children, and norms that can be folded.
+_IN_ORDER = (nn.Sequential, Conv2dNormActivation, BasicBlock, Bottleneck)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm, FrozenBatchNorm2d, TorchvisionFrozenBatchNorm2d)
 
 
 def last_frozen(detector: Detector, names: Sequence[str] | None = None) -> str | None:
@@ -98,13 +107,13 @@ class FrozenPrefix:
 def folded(part: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of `part` for computing in eval mode: convolution and norm as one convolution, weights in `dtype`.
 
-    Folds in fp64 each norm with statistics of its own (batch, sync and frozen) that directly follows a convolution.
-    Shares every tensor that it does not change.
+    Folds in fp64 each norm with statistics of its own (batch, sync and frozen) that directly follows a convolution in
+    a module known to run its children in order; others stay as they are. Shares every tensor that it does not change.
     """
     copied = copy.deepcopy(part, {id(t): t for t in [*part.parameters(), *part.buffers()]}).eval()
-    for module in [*copied.modules()]:
+    for module in [m for m in copied.modules() if type(m) in _IN_ORDER]:
         for (_, conv), (name, norm) in pairwise([*module.named_children()]):
-            if isinstance(conv, nn.Conv2d) and getattr(norm, "running_mean", None) is not None:
+            if type(conv) is nn.Conv2d and type(norm) in _NORMS and norm.running_mean is not None:
                 of_norm = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
                 wide: list[Any] = [
                     t.double() if isinstance(t, Tensor) else t for t in (conv.weight, conv.bias, *of_norm)
@@ -112,7 +121,7 @@ def folded(part: nn.Module, dtype: torch.dtype) -> nn.Module:
                 conv.weight, conv.bias = fuse_conv_bn_weights(*wide)
                 setattr(module, name, nn.Identity())
     for conv in copied.modules():
-        if isinstance(conv, nn.Conv2d):
+        if type(conv) is nn.Conv2d:
             weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
             conv.weight = nn.Parameter(weight, requires_grad=False)
             if conv.bias is not None:

@@ -34,6 +34,9 @@ def known_aliases(arch: str) -> Mapping[str, tuple[str, ...]]:
 def build_backbone(config: BackboneConfig) -> Backbone:
     """All stages of the configured backbone with random weights. Raises: UserError: `arch` or `norm` cannot be used."""
     backbone = find_backbone(config.arch)
+    for name in ("forward", "forward_from"):  # a frozen prefix runs the stages alone
+        if getattr(backbone, name) is not getattr(Backbone, name):
+            raise UserError(f"backbone.arch: {config.arch!r} has a {name} of its own; valid: stages that run in order")
     if config.norm is None and backbone.takes_norm:
         valid = ", ".join(NORM_TYPES)
         raise UserError(f"backbone.norm: null, but {config.arch} has no norm of its own; valid: {valid}")
