@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import os
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -413,6 +414,42 @@ def test_the_folder_follows_from_what_features_depend_on(what, source, monkeypat
     (CHANGES | KEPT)[what](config, detector, source)
     reader = SampleReader(source.annotations, config.data["made"], train=True, seed=config.seed)
     assert (_name(config, detector, reader) != before) == (what in CHANGES)
+
+
+def test_code_and_attributes_from_outside_give_another_folder(tmp_path, source, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = """
+import torch
+from torch import nn
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = 1.0
+        self.register_buffer("shift", torch.zeros(1), persistent=False)
+    def forward(self, x):
+        return torch.relu(x) * self.scale + self.shift
+"""
+    names = []
+    for code in (text, text, text.replace("torch.relu", "torch.sigmoid")):
+        (tmp_path / "gate.py").write_text(code)
+        sys.modules.pop("gate", None)
+        importlib.invalidate_caches()
+        config = small_config()
+        config.data = {"made": source.config}
+        detector = small_detector(config)
+        detector.backbone.relu = gate = importlib.import_module("gate").Gate()
+        detector.sources = {"objects": "made"}
+        detector.freeze(["backbone", "neck"]).train()
+        names.append(_name(config, detector, source))
+    assert names[0] == names[1] != names[2]
+    gate.scale = 2.0
+    names.append(_name(config, detector, source))
+    gate.shift += 1
+    names.append(_name(config, detector, source))
+    assert len(set(names)) == 4
+    monkeypatch.setattr(type(gate), "__module__", "made_in_memory")
+    with pytest.raises(cache_setup.Unusable, match="the code of Gate is in no file"):
+        _name(config, detector, source)
 
 
 def test_views_depend_on_the_seed_and_flips_do_not(source):

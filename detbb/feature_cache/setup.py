@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from detbb.config.phases import Phase
 from detbb.config.schema import Config
@@ -31,7 +33,7 @@ from detbb.structures.annotations import Annotations
 from detbb.structures.batch import round_up
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-_VERSIONS = ("torch", "torchvision", "numpy", "cv2", "albumentations", "PIL", "detbb")
+_VERSIONS = ("torch", "torchvision", "numpy", "cv2", "albumentations", "PIL")
 
 
 class Unusable(Exception):
@@ -73,9 +75,11 @@ def with_cache(
     with raise_on_all_ranks():
         try:
             found = _plans(config, detector, data, detector.frozen)
-            names = {s: _about(config, detector, s, plan, reader) for s, (plan, reader) in found.items()}
             plans = {source: plan for source, (plan, _) in found.items()}
-            if wanted == "memory" or not all((root / cache.key(about)).exists() for about in names.values()):
+            names = {}
+            if wanted != "memory":
+                names = {s: _about(config, detector, s, plan, reader) for s, (plan, reader) in found.items()}
+            if not names or not all((root / cache.key(about)).exists() for about in names.values()):
                 _check_room(config, list(plans.values()))
                 if wanted == "auto":
                     _check_pays(config, plans, steps)
@@ -160,9 +164,9 @@ def _root(config: Config) -> Path:
 
 
 def _about(config: Config, detector: Detector, source: str, plan: Plan, reader: SampleReader) -> str:
-    """Everything that a source's features depend on besides the bytes of its images, as JSON."""
+    """Everything that a source's features depend on besides the bytes of its images, as JSON. Raises: Unusable."""
     last, data, train = last_frozen(detector), config.data[source], config.train
-    state = detector.state_dict()
+    state = detector.state_dict() | dict(detector.named_buffers())  # which has the non-persistent ones too
     parts = {"backbone": detector.backbone} | ({"neck": detector.neck} if last == "neck" else {})
     names = [name for name in state if name.startswith(tuple(f"{part}." for part in parts))]
     augmented: dict[str, Any] = {"image_size": list(data.image_size), "augment": data.augment}
@@ -173,6 +177,8 @@ def _about(config: Config, detector: Detector, source: str, plan: Plan, reader: 
         "format": 2,
         "frozen": cache.key(digests(state, names)),
         "modules": cache.key(*parts.values()),
+        "attributes": [[*map(_attributes, part.modules())] for part in parts.values()],
+        "code": [cache.code_digest(), *_foreign_code(parts.values())],
         "input": [detector.pixel_mean.flatten().tolist(), detector.pixel_std.flatten().tolist(), plan.hw],
         "after": last,
         "levels": plan.levels,
@@ -183,6 +189,25 @@ def _about(config: Config, detector: Detector, source: str, plan: Plan, reader: 
         "versions": {name: getattr(importlib.import_module(name), "__version__", "") for name in _VERSIONS},
     }
     return json.dumps(about, sort_keys=True, default=str)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module's own code may read besides tensors and modules: plain values by name."""
+    plain = bool | int | float | str | tuple | list | None
+    return {n: v for n, v in vars(module).items() if n[0] != "_" and n != "training" and isinstance(v, plain)}
+
+
+def _foreign_code(parts: Iterable[nn.Module]) -> list[str]:
+    """Digests of the files whose classes compute features, of others than this package and torch. Raises: Unusable."""
+    classes = {base for part in parts for module in part.modules() for base in type(module).__mro__}
+    files = set()
+    for base in classes:
+        if base.__module__.partition(".")[0] not in ("detbb", "torch", "torchvision", "builtins", "typing"):
+            try:
+                files.add(Path(inspect.getfile(base)).read_bytes())
+            except (TypeError, OSError):
+                raise Unusable(f"the code of {base.__qualname__} is in no file, so a change would not show") from None
+    return sorted(cache.key(content) for content in files)
 
 
 def _line(source: str, store: Store, where: str) -> str:
