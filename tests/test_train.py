@@ -16,7 +16,7 @@ import torch
 from learning import learn, make_state, small_config, small_detector
 from runs import flat, learned, lines, load, tiny_config
 
-from detbb.checkpoint.content import KEYS, load_detector
+from detbb.checkpoint.content import KEYS, load_detector, stored_config
 from detbb.checkpoint.folder import CheckpointFolder
 from detbb.config.loading import config_to_dict
 from detbb.config.phases import Phase
@@ -338,6 +338,16 @@ def test_train_takes_a_file_and_a_dict(tmp_path, images):
     (tmp_path / "mine.yaml").write_text(json.dumps(values))
     one = train(values | {"output_dir": str(tmp_path / "one")})
     assert learned(one.parents[1]) == learned(train(tmp_path / "mine.yaml").parents[1])
+
+
+def test_a_key_that_an_old_checkpoint_lacks_is_no_change(whole):
+    checkpoint = load(whole)
+    config = stored_config(checkpoint)
+    del checkpoint["config"]["data"]["shapes"]["allow_links"]
+    assert start.check_resume(config, checkpoint, {}, steps=10**6) == []
+    config.data["shapes"].allow_links = True
+    (line,) = start.check_resume(config, checkpoint, {}, steps=10**6)
+    assert "data.shapes.allow_links: False before, True now" in line
 
 
 def test_a_misspelt_best_metric_is_refused_at_the_start(tmp_path, images):

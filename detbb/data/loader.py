@@ -182,7 +182,7 @@ def _loader(dataset: Dataset, batches: Any, workers: int, *, pin: bool) -> Batch
     cv2.setNumThreads(0)  # parallel are the workers; threads of OpenCV's would compete with PyTorch's
     if workers:
         end_workers_at_exit()
-    with warnings.catch_warnings():  # of more workers than cores: setup.advice says it, once
+    with warnings.catch_warnings():  # PyTorch's, about too many workers; `training.start.advice` says it once
         warnings.filterwarnings("ignore", "This DataLoader will create")
         return BatchLoader(
             dataset,

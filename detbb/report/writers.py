@@ -152,9 +152,10 @@ WRITERS: dict[str, type[Writer]] = {"metrics": MetricsFile, "tensorboard": Tenso
 
 
 def find_writers(names: Sequence[str]) -> list[type[Writer]]:
-    """The classes that `log.to` names; metrics.jsonl comes last, so that what it holds is everywhere.
+    """The classes that `log.to` names; metrics.jsonl is written last.
 
-    A resumed run makes up for an evaluation that metrics.jsonl lacks. Raises: UserError: a name is not known, or twice,
+    So a record in it was already given to all other writers, and a resumed run repeats only the evaluations that it
+    lacks. Raises: UserError: a name is not known, or twice,
     or metrics.jsonl is not among them.
     """
     if names.count("metrics") != 1 or len(set(names)) < len(names):

@@ -180,7 +180,8 @@ def check_resume(config: Config, checkpoint: dict[str, Any], train: Data, *, ste
     order["train.batch_size"] = (data["batch_size"], config.train.batch_size)
     if other := [f"{key} {a} before, {b} now" for key, (a, b) in order.items() if a not in (None, b)]:
         lines.append(f"WARNING: images come in another order from here on: {'; '.join(other)}")
-    now, then = _flat(config_to_dict(config)), _flat(checkpoint["config"])
+    # What an older version stored lacks the keys that are new: they had the values that are the defaults now.
+    now, then = (_flat(config_to_dict(c)) for c in (config, checkpoints.stored_config(checkpoint)))
     for key in dict.fromkeys([*now, *then]):
         if now.get(key) != then.get(key) and key != "output_dir":
             lines.append(f"WARNING: resuming with another {key}: {then.get(key)!r} before, {now.get(key)!r} now")

@@ -9,7 +9,7 @@ from detbb.data.formats.faults import Faults
 from detbb.data.images import files_below, list_images, readable_headers
 
 NOT_LABELS = ("classes.txt", "labels.txt", "names.txt", "obj.names.txt", "predefined_classes.txt", "readme.txt")
-FEW = 0.1  # of the images with a partner: below, the folder is another one
+FEW = 0.1  # if fewer than this share of images have a partner, the folder is probably the wrong one
 
 
 def listed_images(folder: Path, faults: Faults) -> list[str]:

@@ -113,7 +113,8 @@ def _are_corners(table: np.ndarray) -> bool:
 def _dialect_of_all(lines: list[Line], sizes: np.ndarray, *, known: bool) -> str | None:
     """What lines of other than four numbers are, if they are no polygons; known: that there are no keypoints.
 
-    Polygons have any number of corners, and some look like something else by chance: hence by length, and by majority.
+    A single polygon may look like another dialect by chance, so lines of equal length are judged together, and the
+    majority decides.
     """
     groups: dict[int, list[Line]] = {}
     for line in lines:
