@@ -26,7 +26,7 @@ from detbb.checkpoint.content import (
     stored_config,
     upgraded,
 )
-from detbb.checkpoint.untrusted import shapes_of
+from detbb.checkpoint.untrusted import planned_state
 from detbb.config.loading import config_to_dict
 from detbb.config.schema import Config
 from detbb.core.errors import UserError, some, unknown_name
@@ -220,7 +220,7 @@ def _reduced(content: Mapping[str, Any], heads: Sequence[str]) -> tuple[Config, 
     if config.eval.best is not None and config.eval.best.partition("/")[0] not in heads:
         config.eval.best = None
     bare = config.model_copy(update={"freeze": [], "phases": []})  # these may name parts that no head needs any more
-    tensors = set(shapes_of(bare, content["classes"], MISFIT, most=len(content["model"])))
+    tensors = set(planned_state(bare, content["classes"], MISFIT, most=len(content["model"])))
     config.freeze = [n for n in config.freeze if _holds(n, tensors)]
     for phase in config.phases:
         phase.freeze = [n for n in phase.freeze if _holds(n, tensors)]

@@ -305,8 +305,9 @@ def restore_detector(checkpoint: Mapping[str, Any], *, weights: str | None = Non
     """
     if weights == "ema" and checkpoint["ema"] is None:
         raise UserError("weights: 'ema', but this checkpoint holds no average; valid is 'model'")
-    state = evaluated_state(checkpoint, weights)
-    return view(build_exactly(stored_config(checkpoint), checkpoint["classes"], state, MISFIT))
+    config, classes = stored_config(checkpoint), checkpoint["classes"]
+    check_shapes(config, classes, checkpoint["model"], MISFIT)  # first, since averages of another type are converted
+    return view(build_exactly(config, classes, evaluated_state(checkpoint, weights)))
 
 
 def check_fit(detector: Detector, given: Mapping[str, Tensor], problem: str) -> None:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from detbb.config.schema import Config
 from detbb.core.errors import UserError
+from detbb.core.files import view_of
 from detbb.detector import Detector, build_detector
 
 # The largest number (for a list: and its length) of stored settings that no tensor's shape bears out.
@@ -66,12 +67,8 @@ def _entries(value: Any, at: str) -> Iterator[tuple[str, Any]]:
         yield from _entries(item, at)
 
 
-def build_exactly(config: Config, classes: Mapping[str, Any], given: Mapping[str, Tensor], problem: str) -> Detector:
-    """A detector with the tensors of `given`, which takes memory only once their names and shapes are those needed.
-
-    Raises: UserError: `problem`, and the tensors that do not fit.
-    """
-    check_shapes(config, classes, given, problem)
+def build_exactly(config: Config, classes: Mapping[str, Any], given: Mapping[str, Tensor]) -> Detector:
+    """A detector with the tensors of `given`, whose shapes were checked by `check_shapes`."""
     with _WithoutDraws():
         detector = build_detector(config, classes)
     detector.load_state_dict(given)
@@ -79,14 +76,24 @@ def build_exactly(config: Config, classes: Mapping[str, Any], given: Mapping[str
 
 
 def check_shapes(config: Config, classes: Mapping[str, Any], given: Mapping[str, Tensor], problem: str) -> None:
-    """Compare the tensors that a detector would have with those given. Raises: UserError, as `build_exactly`."""
-    own = shapes_of(config, classes, problem, most=len(given))
-    if wrong := sorted(set(own) ^ set(given)) or [n for n in own if own[n] != given[n].shape]:
+    """Compare the tensors that a detector would have with those given, before memory is taken for it.
+
+    Raises: UserError: `problem`, and the tensors that do not fit.
+    """
+    own = planned_state(config, classes, problem, most=len(given))
+    if wrong := sorted(set(own) ^ set(given)) or [n for n in own if own[n].shape != given[n].shape]:
         raise UserError(f"{problem}: {', '.join(name[:200] for name in wrong[:5])}")
+    if _elements(own) > _elements(given):
+        raise UserError(f"{problem}: several names of the file share one tensor, the detector has one for each")
 
 
-def shapes_of(config: Config, classes: Mapping[str, Any], problem: str, *, most: int) -> dict[str, torch.Size]:
-    """The shapes of a detector's tensors by name, without memory for them (on the meta device).
+def _elements(tensors: Mapping[str, Tensor]) -> int:
+    """How many numbers the tensors hold together; tied ones count once."""
+    return sum({view_of(tensor): tensor.numel() for tensor in tensors.values()}.values())
+
+
+def planned_state(config: Config, classes: Mapping[str, Any], problem: str, *, most: int) -> dict[str, Tensor]:
+    """A detector's tensors by name, without memory for their values (on the meta device).
 
     most: tensors that are there. Raises: UserError: `problem`; far more parameters, or numbers that cannot be built.
     """
@@ -101,7 +108,7 @@ def shapes_of(config: Config, classes: Mapping[str, Any], problem: str, *, most:
     hook = register_module_parameter_registration_hook(count)
     try:
         with torch.device("meta"):
-            return {name: tensor.shape for name, tensor in build_detector(config, classes).state_dict().items()}
+            return dict(build_detector(config, classes).state_dict())
     except UserError:
         raise
     except Exception as error:
@@ -111,7 +118,7 @@ def shapes_of(config: Config, classes: Mapping[str, Any], problem: str, *, most:
     finally:
         hook.remove()
     # A part of the user's own may need values while it is built.
-    return {name: tensor.shape for name, tensor in build_detector(config, classes).state_dict().items()}
+    return dict(build_detector(config, classes).state_dict())
 
 
 class _WithoutDraws(TorchFunctionMode):

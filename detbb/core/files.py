@@ -25,6 +25,7 @@ REFUSED = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOENT),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
 )
+MAX_ENTRIES = 1_000_000  # of all containers in a file of tensors
 
 
 class BadFile(ValueError):
@@ -225,21 +226,36 @@ def check_archive(path: Path) -> None:
         raise BadFile(f"{path}: not a whole PyTorch file ({_first_line(error)})") from error
 
 
+def view_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Which elements of which storage a tensor is; the same for tied tensors, also on the meta device."""
+    place = tensor.untyped_storage()._cdata
+    return place, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
 def _check_tensors(path: Path, content: Any) -> None:
-    """Refuse tensors that claim more elements than are stored: reading one could take any amount of memory."""
-    if isinstance(content, Tensor):
-        if (
-            content.layout != torch.strided
-            or content.device.type != "cpu"  # `meta`: without values
-            or content.numel() * content.element_size() > content.untyped_storage().nbytes()
-        ):
-            raise BadFile(f"{path}: a tensor of shape {tuple(content.shape)} has fewer bytes stored than it claims")
-    elif isinstance(content, dict):
-        for value in content.values():
-            _check_tensors(path, value)
-    elif isinstance(content, (list, tuple)):
-        for value in content:
-            _check_tensors(path, value)
+    """Refuse tensors that claim more bytes than are stored, and a million entries: both could take any memory.
+
+    Tied tensors count once. A list within many lists counts in each, since who goes through them meets it in each.
+    """
+    claimed: dict[tuple[Any, ...], int] = {}
+    stored: dict[int, int] = {}
+    entries, waiting = 0, [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list | tuple):
+            entries += len(value)
+            if entries > MAX_ENTRIES:
+                raise BadFile(f"{path}: holds more than {MAX_ENTRIES:,} entries, which no file of detbb does")
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, Tensor):
+            claim = value.numel() * value.element_size()
+            real = value.layout == torch.strided and value.device.type == "cpu"  # `meta`: without values
+            if not real or claim > value.untyped_storage().nbytes():
+                raise BadFile(f"{path}: a tensor of shape {tuple(value.shape)} has fewer bytes stored than it claims")
+            claimed[view_of(value)] = claim
+            stored[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
+    if sum(claimed.values()) > sum(stored.values()):
+        raise BadFile(f"{path}: its tensors overlap: fewer bytes are stored than they claim together")
 
 
 class _RememberError:

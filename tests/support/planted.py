@@ -982,6 +982,25 @@ def _without_type(f: Files) -> Path:
     return f.with_("config/heads", {name: {} for name in f.content["classes"]})
 
 
+def _overlapping(f: Files) -> Path:
+    model = f.content["model"]
+    storage = torch.zeros(max(t.numel() for t in model.values()))
+    return f.with_("model", {name: storage[: t.numel()].view(t.shape) for name, t in model.items()})
+
+
+def _tied(f: Files) -> Path:
+    model = f.content["model"]
+    first, second = [name for name, t in model.items() if t.dim() == 1][:2]  # weight and bias of the first norm
+    return f.with_("model", model | {first: model[second]})
+
+
+def _nested(depth: int) -> list[Any]:
+    value: list[Any] = [1]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
 def _without_backbone(f: Files) -> Path:
     return f.with_("config", {key: value for key, value in f.content["config"].items() if key != "backbone"})
 
@@ -1072,6 +1091,14 @@ FILE_FAULTS = [
         "checkpoint",
         "fewer bytes",
         lambda f: f.with_("model/x", Claim((10**12,), (0,))),
+    ),
+    FileFault("tensors that overlap", "checkpoint", "overlap", _overlapping),
+    FileFault("one tensor for two layers", "checkpoint", "share one tensor", _tied),
+    FileFault(
+        "lists in lists: 23 that make 8 million",
+        "checkpoint",
+        "1,000,000 entries",
+        lambda f: f.with_("scaler/x", _nested(22)),
     ),
     FileFault("tensor of negative size", "checkpoint", UNREAD, lambda f: f.with_("model/x", Claim((-1,), (1,)))),
     FileFault("sparse tensor", "checkpoint", "fewer bytes", lambda f: f.with_("model/x", torch.eye(3).to_sparse())),
