@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,7 @@ def test_resume_keeps_every_step_once(tmp_path: Path) -> None:
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "split": "tr')  # killed while writing
+    time.sleep(1)  # TensorBoard reads event files in the order of their names, which begin with the second
     log = RunLog(tmp_path, resume_step=20)
     assert [line["step"] for line in read_evaluations(tmp_path / "metrics.jsonl")] == [10, 20]
     for step in (30, 40):
