@@ -161,6 +161,22 @@ def test_file_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str)
         safe_join(root, name)
 
 
+def test_linked_folders_are_entered_once_and_never_in_a_circle(tmp_path: Path) -> None:
+    root, store = tmp_path / "images", tmp_path / "store"
+    for folder in (root, store, store / "more"):
+        folder.mkdir()
+    for file in (root / "a.png", store / "b.png", store / "more" / "c.png"):
+        Image.new("RGB", (4, 4)).save(file)
+    (root / "linked").symlink_to(store)
+    (root / "again").symlink_to(root)
+    (store / "more" / "back").symlink_to(store)
+    names, _ = list_images(root)
+    assert names == ["a.png", "linked/b.png", "linked/more/c.png"]
+    sizes, bad = readable_headers(root, names, links=False)
+    assert list(sizes) == ["a.png"] and len(bad) == 2 and "allow_links" in bad[0]
+    assert list(readable_headers(root, names, links=True)[0]) == names
+
+
 def test_links_inside_the_folder_and_a_linked_folder_are_fine(tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()

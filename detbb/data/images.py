@@ -172,8 +172,22 @@ def list_images(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def files_below(folder: Path, suffixes: Collection[str]) -> list[str]:
-    """Names of the files below `folder` that end in one of these (in any case), sorted, relative to it."""
-    found = (Path(at, name) for at, _, names in os.walk(folder) for name in names)
+    """Names of the files below `folder` that end in one of these (in any case), sorted, relative to it.
+
+    Folders that are symbolic links out of `folder` are entered, each target once: `safe_join` says what of it is used.
+    """
+    found: list[Path] = []
+    root, seen = Path(folder).resolve(), set[Path]()
+
+    def leads_to_new(link: Path) -> bool:
+        target = link.resolve()
+        new = target not in seen and not target.is_relative_to(root) and not root.is_relative_to(target)
+        seen.add(target)
+        return new
+
+    for at, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if not (link := Path(at, f)).is_symlink() or leads_to_new(link)]
+        found += [Path(at, name) for name in names]
     return sorted(p.relative_to(folder).as_posix() for p in found if p.suffix.lower() in suffixes)
 
 
