@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from detbb.checkpoint import folder as checkpoint_folder
-from detbb.checkpoint.content import KEYS, read_checkpoint
+from detbb.checkpoint.content import FORMAT_VERSION, KEYS, read_checkpoint
 from detbb.checkpoint.folder import CheckpointFolder
 from detbb.core import files
 from detbb.core.errors import UserError
@@ -24,11 +24,11 @@ from detbb.core.files import BadFile
 def content(step: int) -> dict[str, Any]:
     made: dict[str, Any] = {key: {} for key in KEYS}
     made |= {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "step": step,
         "phase": 0,
         "ema": None,
-        "config": {"heads": {}, "inherited_heads": []},
+        "config": {"backbone": {"arch": "resnet18"}, "heads": {}, "inherited_heads": []},
         "model": {"backbone.w": torch.full((300,), float(step))},
     }
     made |= {"optimizer": {"type": "sgd", "state": {}}, "rng": {"seed": 0, "torch": torch.zeros(1)}}
